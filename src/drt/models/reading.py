@@ -1,0 +1,66 @@
+"""Read a long prompt in segments, then generate greedily: what evaluation and training's validation share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def read_and_generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    segment_size: int,
+    on_segment: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Read a prompt through the model's cache, a segment at a time, and continue it greedily.
+
+    Reading in segments bounds the memory of one forward pass; the result is that of reading in one pass. All
+    but the last token are read by plain forward passes, the last one by `generate`, which closes the prompt's
+    last chunk itself.
+
+    Args:
+        model: a causal language model in eval mode (dropout or Gumbel noise would make the answer random).
+        input_ids: (1, L) int64 prompt, L >= 1, on any device.
+        max_new_tokens: how many tokens to generate at most (fewer if the model ends the text itself).
+        segment_size: tokens in one forward pass, >= 1.
+        on_segment: called with the number of tokens just read, after each segment; the numbers add up to L.
+
+    Returns:
+        (1, n) generated token ids without the prompt, n <= max_new_tokens, on the model's device.
+
+    Raises:
+        ValueError: a batch of more than one prompt, an empty prompt, segment_size < 1, max_new_tokens < 1, or a
+            model in training mode.
+    """
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 1:
+        raise ValueError(f"input_ids must be (1, L) with L >= 1, got {tuple(input_ids.shape)}")
+    if segment_size < 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"segment_size and max_new_tokens must be >= 1, got {segment_size} and {max_new_tokens}"
+        )
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() before reading")
+    input_ids = input_ids.to(model.device)
+    cache = None
+    for segment in input_ids[:, :-1].split(segment_size, dim=1):
+        if segment.shape[1] == 0:  # a prompt of one token leaves nothing to read ahead
+            break
+        cache = model(input_ids=segment, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+        if on_segment is not None:
+            on_segment(segment.shape[1])
+    sequences = model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+    )
+    if on_segment is not None:
+        on_segment(1)
+    return sequences[:, input_ids.shape[1] :]
