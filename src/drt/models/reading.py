@@ -34,8 +34,8 @@ def read_and_generate(
         (1, n) generated token ids without the prompt, n <= max_new_tokens, on the model's device.
 
     Raises:
-        ValueError: a batch of more than one prompt, an empty prompt, segment_size < 1, max_new_tokens < 1, or a
-            model in training mode.
+        ValueError: a batch of more than one prompt, an empty prompt, segment_size < 1, max_new_tokens < 1, or
+            a model in training mode.
     """
     if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 1:
         raise ValueError(f"input_ids must be (1, L) with L >= 1, got {tuple(input_ids.shape)}")
@@ -50,7 +50,8 @@ def read_and_generate(
     for segment in input_ids[:, :-1].split(segment_size, dim=1):
         if segment.shape[1] == 0:  # a prompt of one token leaves nothing to read ahead
             break
-        cache = model(input_ids=segment, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+        output = model(input_ids=segment, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
         if on_segment is not None:
             on_segment(segment.shape[1])
     sequences = model.generate(
