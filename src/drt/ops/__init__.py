@@ -1,0 +1,1 @@
+"""Pure functions on tensors: they need torch alone, know no module and no model."""
