@@ -1,0 +1,3 @@
+"""Language models that read millions of tokens with a constant attention window and learned chunk retrieval."""
+
+__version__ = "0.1.0"
