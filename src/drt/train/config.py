@@ -1,0 +1,329 @@
+"""The YAML file of a training run: its sections as dataclasses, read strictly.
+
+An unknown key, a missing key or a value of the wrong type is a `DRTError` that names the file, the key's
+dotted path, what was got and what is wanted. `--set key=value` goes through the same checks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from drt.errors import DRTError
+
+T = TypeVar("T")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from and how needles are mixed into it.
+
+    Args:
+        haystack: text files or folders (relative to the working directory) that training rows are cut from.
+        validation_haystack: the same for validation; no text of `haystack` may be in it.
+        question_share: share of the chunk ends that carry a question.
+        text_positions: random positions of ordinary text in one batch that take part in the loss.
+        max_hops: longest chain of needles; 2 asks from A for B, C where A points to B and B to C.
+    """
+
+    haystack: list[str]
+    validation_haystack: list[str]
+    question_share: float = 0.7
+    text_positions: int = 128
+    max_hops: int = 2
+
+    def __post_init__(self) -> None:
+        _require(bool(self.haystack), "haystack: wanted at least one file, got none")
+        _require(bool(self.validation_haystack), "validation_haystack: wanted at least one file, got none")
+        _require(
+            0 < self.question_share <= 1, f"question_share: wanted 0 < share <= 1, got {self.question_share}"
+        )
+        _require(self.text_positions >= 1, f"text_positions: wanted at least 1, got {self.text_positions}")
+        _require(self.max_hops >= 1, f"max_hops: wanted at least 1, got {self.max_hops}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage of the curriculum: rows of one length.
+
+    Args:
+        chunks: full chunks a row is long; rows in a batch = tokens_per_step // (chunks x chunk_size).
+        chain_share: share of the questions that ask for a chain of needles.
+        gumbel_noise: add Gumbel noise to the selection of chunks.
+        threshold: the next stage starts when this share of the answer tokens was right over a logging
+            interval.
+        max_steps: the next stage starts after so many steps at the latest; null: only by the threshold.
+    """
+
+    chunks: int
+    chain_share: float = 0.0
+    gumbel_noise: bool = False
+    threshold: float = 0.9
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.chunks >= 2, f"chunks: wanted at least 2, got {self.chunks}")
+        _require(0 <= self.chain_share <= 1, f"chain_share: wanted 0..1, got {self.chain_share}")
+        _require(0 < self.threshold <= 1, f"threshold: wanted 0 < threshold <= 1, got {self.threshold}")
+        _require(
+            self.max_steps is None or self.max_steps >= 1, f"max_steps: wanted >= 1, got {self.max_steps}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up, then a cosine from `lr` down to `min_lr` at the last step.
+
+    Args:
+        lr: peak learning rate.
+        min_lr: learning rate of the last step.
+        warmup_steps: steps of the linear rise to `lr`.
+        beta1, beta2: AdamW's betas.
+        weight_decay: on matrices only; never on norms, biases and other vectors.
+        clip: largest norm of the gradient.
+    """
+
+    lr: float = 2e-3
+    min_lr: float = 2e-4
+    warmup_steps: int = 50
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.min_lr <= self.lr, f"min_lr: wanted 0 <= min_lr <= lr = {self.lr}, got {self.min_lr}"
+        )
+        _require(self.lr > 0, f"lr: wanted a positive number, got {self.lr}")
+        _require(self.warmup_steps >= 0, f"warmup_steps: wanted at least 0, got {self.warmup_steps}")
+        _require(0 <= self.beta1 < 1, f"beta1: wanted 0 <= beta1 < 1, got {self.beta1}")
+        _require(0 <= self.beta2 < 1, f"beta2: wanted 0 <= beta2 < 1, got {self.beta2}")
+        _require(self.weight_decay >= 0, f"weight_decay: wanted at least 0, got {self.weight_decay}")
+        _require(self.clip > 0, f"clip: wanted a positive number, got {self.clip}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Needle samples in the validation haystack, answered by greedy generation.
+
+    Args:
+        lengths: tokens of a sample; `samples` samples of each task at each length.
+        tasks: of `single`, `multikey`, `multihop`.
+        samples: samples of one task at one length, at evenly spread depths.
+        segment_size: tokens read in one forward pass.
+    """
+
+    lengths: list[int] = field(default_factory=lambda: [16384])
+    tasks: list[str] = field(default_factory=lambda: ["single"])
+    samples: int = 4
+    segment_size: int = 4096
+
+    def __post_init__(self) -> None:
+        _require(bool(self.lengths) and min(self.lengths) >= 64, f"lengths: wanted >= 64, got {self.lengths}")
+        known = {"single", "multikey", "multihop"}
+        _require(
+            bool(self.tasks) and known.issuperset(self.tasks), f"tasks: wanted of {known}, got {self.tasks}"
+        )
+        _require(self.samples >= 1, f"samples: wanted at least 1, got {self.samples}")
+        _require(self.segment_size >= 1, f"segment_size: wanted at least 1, got {self.segment_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole training run.
+
+    Args:
+        output_dir: folder of the run: checkpoints, logs and, at the end, `final`.
+        model: fields of `DRTConfig`.
+        data: text and needles.
+        curriculum: stages, in order.
+        optimizer: optimizer and learning-rate schedule.
+        validation: what is generated every `eval_every` steps.
+        text_weight: weight of ordinary text in the loss, beside weight 1 for answer tokens.
+        tokens_per_step: tokens in a batch.
+        max_steps: optimizer steps.
+        seed: of the initial weights, of every batch and of the validation samples.
+        log_every, eval_every, save_every: intervals in steps; eval_every 0 turns validation off.
+        threads: CPU threads of PyTorch; 0 leaves PyTorch's own choice.
+        device: `auto` (a GPU if there is one), `cpu` or `cuda`.
+        dtype: `float32`, or `bfloat16` for automatic mixed precision.
+        compile: train through `torch.compile`.
+    """
+
+    output_dir: str
+    model: dict[str, Any]
+    data: DataConfig
+    curriculum: list[StageConfig]
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    text_weight: float = 0.1
+    tokens_per_step: int = 4096
+    max_steps: int = 2500
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 250
+    save_every: int = 250
+    threads: int = 0
+    device: str = "auto"
+    dtype: str = "float32"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        _require(bool(self.curriculum), "curriculum: wanted at least one stage, got none")
+        _require(self.text_weight >= 0, f"text_weight: wanted at least 0, got {self.text_weight}")
+        for name in ("tokens_per_step", "max_steps", "log_every", "save_every"):
+            _require(getattr(self, name) >= 1, f"{name}: wanted at least 1, got {getattr(self, name)}")
+        for name in ("seed", "eval_every", "threads"):
+            _require(getattr(self, name) >= 0, f"{name}: wanted at least 0, got {getattr(self, name)}")
+        _require(
+            self.device in ("auto", "cpu", "cuda"), f"device: wanted auto, cpu or cuda, got {self.device!r}"
+        )
+        known = ("float32", "bfloat16")
+        _require(self.dtype in known, f"dtype: wanted float32 or bfloat16, got {self.dtype!r}")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `2e-3` as a number, as YAML 1.2 does (YAML 1.1 wants `2.0e-3`)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: Path | str, overrides: typing.Sequence[str] = ()) -> TrainConfig:
+    """Read a training configuration.
+
+    Args:
+        path: YAML file.
+        overrides: `key=value` strings; the key is a dotted path (`optimizer.lr`, `curriculum.0.chunks`), the
+            value is YAML.
+
+    Raises:
+        DRTError: the file cannot be read or is not YAML, a key is unknown or missing, a value has the wrong
+            type or does not fit.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DRTError(f"{path}: cannot be read: {error}") from error
+    values = _load_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise DRTError(f"{path}: wanted a mapping of keys to values, got {_describe(values)}")
+    for override in overrides:
+        _override(values, override)
+    source = f"{path} with --set" if overrides else str(path)
+    return _parse(TrainConfig, values, "", source)
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration with every default filled in, as plain values that YAML and JSON can hold."""
+    return dataclasses.asdict(config)
+
+
+def _load_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise DRTError(f"{source}: not valid YAML: {error}") from error
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Set one dotted key in place."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise DRTError(f"--set {override}: wanted key=value with a dotted key, as in optimizer.lr=1e-3")
+    *parents, last = key.split(".")
+    node: Any = values
+    for parent in parents:
+        node = node.setdefault(parent, {}) if isinstance(node, dict) else _list_item(node, parent, override)
+    value = _load_yaml(text, f"--set {override}")
+    if isinstance(node, dict):
+        node[last] = value
+    else:
+        _list_item(node, last, override)
+        node[int(last)] = value
+
+
+def _list_item(node: Any, index: str, override: str) -> Any:
+    if not isinstance(node, list):
+        raise DRTError(f"--set {override}: there are no keys below {_describe(node)}")
+    if not index.isdigit() or int(index) >= len(node):
+        raise DRTError(f"--set {override}: wanted an index 0..{len(node) - 1} of the list, got {index!r}")
+    return node[int(index)]
+
+
+def _parse(cls: type[T], values: Any, path: str, source: str) -> T:
+    """Build a dataclass from a mapping, checking every key and type."""
+    where = path or "the top level"
+    if not isinstance(values, dict):
+        raise DRTError(f"{source}: {where}: wanted a mapping of keys to values, got {_describe(values)}")
+    fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            name = f"{path}.{key}" if path else str(key)
+            raise DRTError(f"{source}: unknown key {name}; wanted one of {', '.join(fields)}")
+    for name, item in fields.items():
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise DRTError(f"{source}: {where}: the key {name} is missing")
+    hints = typing.get_type_hints(cls)
+    parsed = {
+        key: _convert(hints[key], value, f"{path}.{key}" if path else key, source)
+        for key, value in values.items()
+    }
+    try:
+        return cls(**parsed)
+    except ValueError as error:
+        raise DRTError(f"{source}: {path + '.' if path else ''}{error}") from error
+
+
+def _convert(hint: Any, value: Any, path: str, source: str) -> Any:
+    """Check one value against its type hint; an int may stand where a float is wanted."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):  # only `X | None` occurs
+        if value is None:
+            return None
+        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+        origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return _parse(typing.cast(type, hint), value, path, source)
+    if origin is list and isinstance(value, list):
+        (item,) = typing.get_args(hint)
+        return [_convert(item, entry, f"{path}.{index}", source) for index, entry in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if origin is None and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise DRTError(f"{source}: {path}: wanted {_NAMES.get(origin or hint, hint)}, got {_describe(value)}")
+
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    list: "a list",
+    dict: "a mapping of keys to values",
+}
+
+
+def _describe(value: Any) -> str:
+    return "nothing" if value is None else f"{value!r} ({type(value).__name__})"

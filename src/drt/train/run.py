@@ -1,0 +1,203 @@
+"""One training run, from its configuration to the exported model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+from drt.train.batches import BatchMaker
+from drt.train.validation import NeedleValidation
+from rich.console import Console
+from transformers import ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+
+from drt.errors import DRTError, Interrupted
+from drt.models.drt import DRTConfig, DRTForCausalLM
+from drt.train.checkpoints import checkpoint_folder, find_checkpoints
+from drt.train.config import TrainConfig, config_to_dict
+from drt.train.curriculum import RunningTotals
+from drt.train.interrupt import Interrupt
+from drt.train.logs import METRICS_FILE, Display, MetricsFile
+from drt.train.record import RECORD_FILE, training_record
+from drt.train.trainer import NeedleTrainer
+
+CONFIG_FILE = "config.yaml"
+FINAL_FOLDER = "final"
+
+
+def run_training(config: TrainConfig, command: list[str], console: Console | None = None) -> Path:
+    """Train, or go on with a run that was stopped.
+
+    A run is its `output_dir`: when that holds checkpoints of the same configuration, training goes on from
+    the newest whole one, and every loss is what it would have been without the stop (bit for bit on a CPU).
+
+    Args:
+        config: the run.
+        command: the command line, for the record beside the exported model.
+        console: where to report; default: the terminal's standard error.
+
+    Returns:
+        The folder of the trained model: config, weights, tokenizer, metrics.jsonl and training.json.
+
+    Raises:
+        DRTError: the output folder cannot be written or holds another configuration's run, a haystack is
+            missing, the model's fields do not fit, or the loss is no longer finite.
+        Interrupted: Ctrl-C, after the step at hand was finished and a checkpoint written.
+    """
+    console = console or Console(stderr=True)
+    output_dir = Path(config.output_dir)
+    prepare_output(config)
+    final = output_dir / FINAL_FOLDER
+    if final.exists():
+        console.print(f"{final} exists: this run is finished. To train anew, choose another output_dir.")
+        return final
+    resume = find_resume_point(output_dir, console)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise DRTError("device: wanted a GPU (cuda), but PyTorch sees none; device: auto uses the CPU then")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+
+    interrupt = Interrupt()
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    model = build_model(config)
+    display = Display(console, len(config.curriculum))
+    callbacks = [MetricsFile(output_dir), display, interrupt, tensorboard_callback(output_dir, resume)]
+    trainer = NeedleTrainer(
+        config,
+        model,
+        tokenizer,
+        make_batch=BatchMaker(config, tokenizer),
+        validate=NeedleValidation(config, tokenizer, interrupt.check) if config.eval_every else None,
+        callbacks=callbacks,
+    )
+    try:
+        with interrupt:
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    except KeyboardInterrupt:
+        if not interrupt.requested:
+            raise
+        trainer.save_now()  # stopped inside a validation, that is, between two steps
+    finally:
+        display.close()
+    if interrupt.requested:
+        raise Interrupted(
+            f"stopped after step {trainer.state.global_step} with a checkpoint in {output_dir}; "
+            f"run the same command again to go on"
+        )
+    export(trainer, config, command, model, tokenizer)
+    return final
+
+
+def prepare_output(config: TrainConfig) -> None:
+    """Create the run's folder and write its configuration there, or check that it is the same.
+
+    Raises:
+        DRTError: the folder cannot be written, or holds another configuration's run.
+    """
+    output_dir = Path(config.output_dir)
+    values = config_to_dict(config)
+    path = output_dir / CONFIG_FILE
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+        stored = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    except OSError as error:
+        raise DRTError(f"output_dir {output_dir}: wanted a folder that can be written: {error}") from error
+    if stored is None:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        os.replace(temporary, path)
+        return
+    differing = [
+        key for key in {**stored, **values} if key != "output_dir" and stored.get(key) != values.get(key)
+    ]
+    if differing:
+        shown = "; ".join(f"{key}: {stored.get(key)!r} there, {values.get(key)!r} here" for key in differing)
+        raise DRTError(
+            f"output_dir {output_dir} holds a run of another configuration ({shown}); "
+            f"choose another output_dir or delete that folder"
+        )
+
+
+def find_resume_point(output_dir: Path, console: Console) -> Path | None:
+    """The newest whole checkpoint, None for a fresh start; says what is skipped."""
+    whole, incomplete = find_checkpoints(output_dir)
+    for folder in incomplete:
+        console.print(f"{folder} is incomplete (a save was cut short): skipped")
+    if whole:
+        console.print(f"going on from {whole[-1]}")
+    return whole[-1] if whole else None
+
+
+def build_model(config: TrainConfig) -> PreTrainedModel:
+    """A model with fresh weights, the same for the same seed.
+
+    Raises:
+        DRTError: unknown or unfitting fields in the model section.
+    """
+    known = set(DRTConfig().to_dict())
+    for key in config.model:
+        if key not in known:
+            raise DRTError(
+                f"unknown key model.{key}; wanted a field of DRTConfig: {', '.join(sorted(known))}"
+            )
+    try:
+        model_config = DRTConfig(**config.model)
+    except (ValueError, TypeError) as error:
+        raise DRTError(f"model: {error}") from error
+    set_seed(config.seed)
+    return DRTForCausalLM(model_config)
+
+
+def tensorboard_callback(output_dir: Path, resume: Path | None) -> TrainerCallback:
+    """The Trainer's TensorBoard callback; a resumed run hides what the stopped one wrote after its
+    checkpoint.
+
+    Raises:
+        DRTError: tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise DRTError(
+            f'training logs to TensorBoard: pip install "drt-lm[tensorboard]" ({error})'
+        ) from error
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    step = None if resume is None else int(resume.name.rpartition("-")[2]) + 1
+    writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=step)
+    return TensorBoardCallback(writer)  # type: ignore[no-untyped-call]
+
+
+def export(
+    trainer: NeedleTrainer,
+    config: TrainConfig,
+    command: list[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write the best checkpoint by validation (without it, the last) to `final`, whole or not at all."""
+    output_dir = Path(config.output_dir)
+    best = trainer.state.best_global_step
+    if best is not None and best != trainer.state.global_step:
+        model = type(model).from_pretrained(checkpoint_folder(output_dir, best))
+    model.config.gumbel_noise = config.model.get("gumbel_noise", False)  # the curriculum may have changed it
+    temporary = output_dir / f"{FINAL_FOLDER}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.copyfile(output_dir / METRICS_FILE, temporary / METRICS_FILE)
+    record = training_record(
+        config,
+        command,
+        model,
+        steps=trainer.state.global_step,
+        exported_step=best or trainer.state.global_step,
+        seconds=trainer.find_callback(RunningTotals).elapsed(),
+        device=str(trainer.args.device),
+    )
+    (temporary / RECORD_FILE).write_text(record, encoding="utf-8")
+    os.replace(temporary, output_dir / FINAL_FOLDER)

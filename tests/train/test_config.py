@@ -1,0 +1,124 @@
+"""The training configuration is read strictly, and every mistake is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from drt.errors import DRTError
+from drt.train.config import TrainConfig, config_to_dict, load_config
+
+MINIMAL = """
+output_dir: out
+model: {hidden_size: 32}
+data: {haystack: [a.txt], validation_haystack: [b.txt]}
+curriculum:
+  - {chunks: 4, threshold: 1}
+  - chunks: 8
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_defaults_fill_what_is_left_out(path: Path) -> None:
+    config = load_config(path)
+    assert config.curriculum[0].threshold == 1.0
+    assert isinstance(config.curriculum[0].threshold, float)
+    assert config.optimizer.lr == 2e-3
+    assert config.model == {"hidden_size": 32}
+
+
+def test_resolved_configuration_reads_back_the_same(path: Path, tmp_path: Path) -> None:
+    config = load_config(path, ["curriculum.1.max_steps=7", "seed=3"])
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(config_to_dict(config)))
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("optimizer.lr=1e-3", lambda config: config.optimizer.lr == 1e-3),
+        ("optimizer.lr=3", lambda config: config.optimizer.lr == 3.0),
+        ("curriculum.1.chunks=16", lambda config: config.curriculum[1].chunks == 16),
+        ("curriculum=[{chunks: 5}]", lambda config: [stage.chunks for stage in config.curriculum] == [5]),
+        ("validation.lengths=[100, 200]", lambda config: config.validation.lengths == [100, 200]),
+        ("model.sink=false", lambda config: config.model.get("sink") is False),
+        ("output_dir=a=b", lambda config: config.output_dir == "a=b"),
+        ("curriculum.0.max_steps=null", lambda config: config.curriculum[0].max_steps is None),
+    ],
+)
+def test_overrides(path: Path, override: str, read) -> None:
+    assert not read(load_config(path, ["curriculum.0.max_steps=9"]))
+    assert read(load_config(path, ["curriculum.0.max_steps=9", override]))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lrr=1e-3", r"unknown key optimizer\.lrr; wanted one of lr, min_lr"),
+        ("sead=1", r"unknown key sead"),
+        ("optimizer.lr=fast", r"optimizer\.lr: wanted a number, got 'fast' \(str\)"),
+        ("max_steps=1.5", r"max_steps: wanted a whole number, got 1\.5 \(float\)"),
+        ("max_steps=true", r"max_steps: wanted a whole number, got True \(bool\)"),
+        ("curriculum.0.gumbel_noise=1", r"curriculum\.0\.gumbel_noise: wanted true or false, got 1"),
+        ("curriculum.0.chunks=a", r"curriculum\.0\.chunks: wanted a whole number, got 'a'"),
+        ("curriculum.2.chunks=4", r"wanted an index 0\.\.1 of the list, got '2'"),
+        ("curriculum=4", r"curriculum: wanted a list, got 4"),
+        ("curriculum=[]", r"curriculum: wanted at least one stage"),
+        ("data.haystack=a.txt", r"data\.haystack: wanted a list, got 'a\.txt'"),
+        ("data=null", r"data: wanted a mapping of keys to values, got nothing"),
+        ("model=1", r"model: wanted a mapping"),
+        ("seed.x=1", r"seed: wanted a whole number|no keys below"),
+        ("seed", r"wanted key=value"),
+        ("seed=[", r"not valid YAML"),
+        ("optimizer.min_lr=1", r"optimizer\.min_lr: wanted 0 <= min_lr <= lr"),
+        ("max_steps=0", r"max_steps: wanted at least 1, got 0"),
+        ("device=tpu", r"device: wanted auto, cpu or cuda, got 'tpu'"),
+        ("dtype=float16", r"dtype: wanted float32 or bfloat16, got 'float16'"),
+        ("validation.tasks=[multi]", r"validation\.tasks: wanted of .*got \['multi'\]"),
+        ("optimizer.lr=.nan", r"optimizer\.(min_)?lr: wanted"),
+    ],
+)
+def test_mistakes_name_key_and_value(path: Path, override: str, message: str) -> None:
+    load_config(path)  # fine without the mistake
+    with pytest.raises(DRTError, match=message) as error:
+        load_config(path, [override])
+    assert "--set" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- 1", "wanted a mapping of keys to values, got"),
+        (MINIMAL.replace("output_dir: out", ""), "the key output_dir is missing"),
+        (MINIMAL.replace("haystack: [a.txt],", ""), "data: the key haystack is missing"),
+        (MINIMAL + "max_step: 3\n", "unknown key max_step"),
+        (MINIMAL + "seed: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
+    ],
+)
+def test_mistakes_name_the_file(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(DRTError, match=message) as error:
+        load_config(path)
+    assert str(path) in str(error.value)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DRTError, match=r"nothing\.yaml: cannot be read"):
+        load_config(tmp_path / "nothing.yaml")
+
+
+def test_shipped_configurations_are_valid() -> None:
+    folder = Path(__file__).parents[2] / "configs"
+    names = [path.name for path in folder.glob("*.yaml") if isinstance(load_config(path), TrainConfig)]
+    assert "needle-tiny.yaml" in names
