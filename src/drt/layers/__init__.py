@@ -1,0 +1,1 @@
+"""Blocks shared by the models: ``nn.Module`` over the functions of ``drt.ops``."""

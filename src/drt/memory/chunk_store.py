@@ -1,0 +1,55 @@
+"""The protocol of a chunk memory: append chunks, gather them by index, hand out their landmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class GatheredChunks(NamedTuple):
+    """Chunks read by index.
+
+    Attributes:
+        keys: (B, N, K, S, h_kv, D).
+        values: (B, N, K, S, h_kv, D).
+        lengths: (B, N, K) tokens in each chunk, 0 for an empty slot.
+    """
+
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+
+
+class ChunkStore(Protocol):
+    """A memory of chunks for B independent rows, each with its own count."""
+
+    @property
+    def counts(self) -> Tensor:
+        """(B,) int64 on the CPU: chunks held by each row."""
+        ...
+
+    def append(self, keys: Tensor, values: Tensor, landmarks: Tensor, lengths: Tensor, new_counts: Tensor) -> None:
+        """Append to row b its first ``new_counts[b]`` of N offered chunks.
+
+        Args:
+            keys: (B, N, S, h_kv, D).
+            values: (B, N, S, h_kv, D).
+            landmarks: (B, N, H) retrieval keys.
+            lengths: (B, N) tokens in each chunk.
+            new_counts: (B,) int64 on the CPU, each at most N.
+        """
+        ...
+
+    def gather(self, chunk_indices: Tensor) -> GatheredChunks:
+        """Read chunks by index. chunk_indices: (B, N, K), -1 for an empty slot (its content is zeros)."""
+        ...
+
+    def landmark_blocks(self) -> Sequence[Tensor]:
+        """Landmarks in order as blocks (B, n_i, H); a row's slots past its count hold anything finite."""
+        ...
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Row b becomes what row ``rows[b]`` was; rows: (B',) int64. Used by beam search and to repeat a batch."""
+        ...

@@ -1,0 +1,158 @@
+"""The decoding state of DRT: windows of keys and values, the open chunk, current selections and the chunk memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from drt.layers.grouped_cross_attention import RetrievedMemory
+from drt.memory import ChunkStore, DeviceStore
+from drt.models.drt.chunk_layout import ChunkLayout
+from drt.models.drt.configuration_drt import DRTConfig
+
+
+class WindowCacheLayer(CacheLayerMixin):
+    """The last ``window - 1`` keys and values of one layer, (B, P, h_kv, D), aligned at the right."""
+
+    is_compileable = False
+    is_sliding = True
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.held: Tensor | None = None  # (B,) valid positions in each row, None while all rows agree
+        self.row_lengths: Tensor | None = None  # (B,) new positions of each row, None while all rows agree
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :0], value_states[:, :0]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Take (B, L, h_kv, D); return held + new keys and values, and each row's first valid slot or None."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        held_slots = self.keys.shape[1]
+        keys, values = torch.cat([self.keys, key_states], 1), torch.cat([self.values, value_states], 1)
+        if self.row_lengths is None and self.held is None:
+            keep = min(self.window - 1, keys.shape[1])
+            self.keys, self.values = _last(keys, keep), _last(values, keep)
+            return keys, values, None
+        held = torch.full((keys.shape[0],), held_slots) if self.held is None else self.held
+        new = torch.full_like(held, key_states.shape[1]) if self.row_lengths is None else self.row_lengths
+        keep = min(self.window - 1, keys.shape[1])
+        slots = held_slots + new.unsqueeze(1) - keep + torch.arange(keep)
+        index = slots.clamp_min(0).to(keys.device)[..., None, None].expand(-1, -1, *keys.shape[2:])
+        self.keys, self.values = keys.gather(1, index), values.gather(1, index)
+        self.held = (held + new).clamp_max(keep)
+        return keys, values, (held_slots - held).to(keys.device)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length + (self.keys.shape[1] if self.is_initialized else 0), 0
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[1] if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def select_rows(self, rows: Tensor) -> None:
+        if self.is_initialized:
+            self.keys, self.values = self.keys[rows], self.values[rows]
+        if self.held is not None:
+            self.held = self.held[rows.cpu()]
+
+
+class DRTCache(Cache):
+    """What a DRT model keeps between passes; give it to ``forward`` or ``generate`` as ``past_key_values``.
+
+    Memory in use: the chunk memory grows by one set of keys and values a token, whatever the model's depth;
+    everything else is constant in the length.
+
+    Args:
+        config: the model's configuration.
+        store: the chunk memory; ``None`` keeps it in pages on the model's device.
+    """
+
+    def __init__(self, config: DRTConfig, store: ChunkStore | None = None) -> None:
+        super().__init__(layers=[WindowCacheLayer(config.sliding_window) for _ in range(config.num_hidden_layers)])
+        self.store: ChunkStore = DeviceStore() if store is None else store
+        self.seen_tokens = 0  # columns of input, left padding included
+        self.open_states: Tensor | None = None  # (B, S, H) lower-decoder outputs of the open chunk, first slots first
+        self.open_lengths: Tensor | None = None  # (B,) on the CPU
+        self.closed_counts: Tensor | None = None  # (B,) on the CPU: chunks closed so far
+        self.selections: list[RetrievedMemory | None] = [None] * config.num_groups
+
+    def begin(self, layout: ChunkLayout) -> None:
+        """Tell the window layers how long each row of the coming pass is."""
+        ragged = bool((layout.row_lengths != layout.compact_length).any())
+        for layer in self.layers:
+            layer.row_lengths = layout.row_lengths if ragged else None
+
+    def finish(self, layout: ChunkLayout, length: int) -> None:
+        """Count what the pass has read."""
+        self.seen_tokens += length
+        self.open_lengths = layout.open_lengths
+        closed = layout.closed_counts
+        self.closed_counts = closed if self.closed_counts is None else self.closed_counts + closed
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of input read so far, left padding included; this is what ``generate`` slices prompts by."""
+        return self.seen_tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length + self.seen_tokens, 0
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Row b becomes what row ``rows[b]`` was; rows: (B',) int64."""
+        for layer in self.layers:
+            layer.select_rows(rows)
+        self.store.select_rows(rows)
+        if self.open_states is not None:
+            self.open_states = self.open_states[rows]
+        if self.open_lengths is not None:
+            self.open_lengths = self.open_lengths[rows.cpu()]
+            self.closed_counts = self.closed_counts[rows.cpu()]
+        self.selections = [
+            None if held is None else RetrievedMemory(*(tensor[rows] for tensor in held)) for held in self.selections
+        ]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row b continues hypothesis ``beam_idx[b]``."""
+        self.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times, in place, without copying the chunk memory."""
+        self.select_rows(torch.arange(self._batch_size()).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``."""
+        self.select_rows(indices)
+
+    def crop(self, max_length: int) -> None:
+        """A chunk memory cannot be rolled back.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"a DRTCache cannot be cropped (asked for {max_length}): closed chunks cannot be reopened")
+
+    def reset(self) -> None:
+        """Forget everything; the next pass starts a new text."""
+        for layer in self.layers:
+            layer.keys = layer.values = layer.held = layer.row_lengths = None
+            layer.is_initialized = False
+        self.store = type(self.store)()
+        self.seen_tokens = 0
+        self.open_states = self.open_lengths = self.closed_counts = None
+        self.selections = [None] * len(self.selections)
+
+    def _batch_size(self) -> int:
+        return 0 if self.open_lengths is None else len(self.open_lengths)
+
+
+def _last(tensor: Tensor, count: int) -> Tensor:
+    """The last slots, cloned when they are a small part, so that a long pass's keys are not kept alive."""
+    kept = tensor[:, tensor.shape[1] - count :]
+    return kept.clone() if 2 * count < tensor.shape[1] else kept

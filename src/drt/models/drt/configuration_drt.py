@@ -1,0 +1,138 @@
+"""Configuration of the Differentiable Retrieval-based Transformer (arXiv 2410.01651)."""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class DRTConfig(PreTrainedConfig):
+    """Sizes and rules of a DRT model.
+
+    The defaults are the sizes of the paper's 128M-parameter model with this project's rules (``landmark_predicts``,
+    bytes as vocabulary).
+
+    Args:
+        vocab_size: entries of the token embedding; 259 is the byte vocabulary of ``ByT5Tokenizer(extra_ids=0)``.
+        hidden_size: width H.
+        intermediate_size: width of the SwiGLU MLPs.
+        num_lower_layers: layers below the chunk encoder (window attention only).
+        num_upper_layers: layers above it (window attention and grouped cross-attention).
+        num_groups: groups G of upper layers; each retrieves once. Divides ``num_upper_layers``.
+        num_encoder_layers: bidirectional layers of the chunk encoder.
+        num_attention_heads: query heads h.
+        num_key_value_heads: key/value heads of window attention, chunk encoder and chunk memory; divides h.
+            ``None``: as many as query heads.
+        head_dim: width D of a head. ``None``: ``hidden_size // num_attention_heads``.
+        chunk_size: tokens S in a full chunk (its landmark not counted).
+        top_k: retrieved chunks K per selection.
+        sliding_window: keys W that a position sees, itself included.
+        position_embedding: ``"alibi"`` or ``"rope"``, for window attention.
+        rope_theta: base of the rotary angles (encoder, and window attention with ``"rope"``).
+        sink: softmax-off-by-one in grouped cross-attention, so that a token may ignore a chunk.
+        landmark_predicts: the logits at a chunk's last token come from its landmark, which already uses what it
+            retrieved. ``False`` is the paper's rule.
+        gumbel_noise: add Gumbel noise to the scores before the selection, in training mode only.
+        learned_temperature: multiply retrieval scores by a learned factor per group (ours; starts at 1).
+        retrieval: ``False`` removes encoder, retrieval and grouped cross-attention: the window model alone.
+        rms_norm_eps: epsilon of the decoder's norms.
+        encoder_rms_norm_eps: epsilon of the norms inside the chunk encoder.
+        initializer_range: standard deviation of the initial weights.
+
+    Raises:
+        ValueError: for sizes that do not fit each other; the message names what was got and what is wanted.
+    """
+
+    model_type = "drt"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 259
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_lower_layers: int = 6
+    num_upper_layers: int = 6
+    num_groups: int = 1
+    num_encoder_layers: int = 2
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    chunk_size: int = 63
+    top_k: int = 8
+    sliding_window: int = 512
+    position_embedding: str = "alibi"
+    rope_theta: float = 10000.0
+    sink: bool = True
+    landmark_predicts: bool = True
+    gumbel_noise: bool = False
+    learned_temperature: bool = False
+    retrieval: bool = True
+    rms_norm_eps: float = 1e-5
+    encoder_rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | None = 1
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and isinstance(self.hidden_size, int) and isinstance(self.num_attention_heads, int):
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Decoder layers, lower and upper."""
+        return self.num_lower_layers + self.num_upper_layers
+
+    def validate_sizes(self):
+        """Part of ``PreTrainedConfig`` validation: every size is at least its least useful value."""
+        least = {
+            "vocab_size": 1,
+            "hidden_size": 1,
+            "intermediate_size": 1,
+            "num_lower_layers": 1,
+            "num_upper_layers": 0,
+            "num_groups": 1,
+            "num_encoder_layers": 0,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "head_dim": 2,
+            "chunk_size": 1,
+            "top_k": 1,
+            "sliding_window": 1,
+        }
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+    def validate_heads(self):
+        """Part of ``PreTrainedConfig`` validation: heads divide evenly."""
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads must divide num_attention_heads, got {self.num_key_value_heads} and "
+                f"{self.num_attention_heads}"
+            )
+        if self.head_dim * self.num_attention_heads != self.hidden_size:
+            raise ValueError(
+                f"hidden_size must be num_attention_heads x head_dim, got {self.hidden_size} and "
+                f"{self.num_attention_heads} x {self.head_dim}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+
+    def validate_groups(self):
+        """Part of ``PreTrainedConfig`` validation: groups of upper layers are equal."""
+        if self.num_upper_layers % self.num_groups:
+            raise ValueError(
+                f"num_groups must divide num_upper_layers, got {self.num_groups} and {self.num_upper_layers}"
+            )
+
+    def validate_position_embedding(self):
+        """Part of ``PreTrainedConfig`` validation: a known kind of position."""
+        if self.position_embedding not in ("alibi", "rope"):
+            raise ValueError(f'position_embedding must be "alibi" or "rope", got {self.position_embedding!r}')

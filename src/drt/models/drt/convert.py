@@ -1,0 +1,168 @@
+"""Convert checkpoints of the paper's authors to `DRTForCausalLM`.
+
+Their landmark is a row of the tied embedding; ours is a parameter of its own, so that row is copied and the row stays
+as an output class. Their zeroed landmark key among the S + 1 keys of a chunk is our ``sink``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from drt.errors import DRTError
+from drt.models.drt.configuration_drt import DRTConfig
+from drt.models.drt.modeling_drt import DRTForCausalLM
+
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "encoder_layers": "num_encoder_layers",
+    "enc_chunk_size": "chunk_size",
+    "chunk_topk": "top_k",
+    "rms_norm_eps": "rms_norm_eps",
+}
+
+_RENAMES = [
+    (r"^model\.enc_prenorm\.", "model.chunk_encoder.input_norm."),
+    (r"^model\.encoder\.layers\.(\d+)\.self_attn\.", r"model.chunk_encoder.layers.\1."),
+    (r"^model\.encoder\.layers\.(\d+)\.input_layernorm\.", r"model.chunk_encoder.layers.\1.input_norm."),
+    (r"^model\.encoder\.layers\.(\d+)\.post_attention_layernorm\.", r"model.chunk_encoder.layers.\1.mlp_norm."),
+    (r"^model\.encoder\.", "model.chunk_encoder."),
+    (r"^model\.lmk_norms\.(\d+)\.", r"model.retrievers.\1.norm."),
+    (r"\.self_attn\.", ".window_attention."),
+    (r"\.gca\.pre_norm\.", ".grouped_cross_attention.norm."),
+    (r"\.gca\.", ".grouped_cross_attention."),
+    (r"_layers\.(.*)\.input_layernorm\.", r"_layers.\1.attention_norm."),
+    (r"_layers\.(.*)\.post_attention_layernorm\.", r"_layers.\1.mlp_norm."),
+]
+
+
+def config_from_authors(settings: Mapping[str, Any]) -> DRTConfig:
+    """Our configuration for theirs.
+
+    Args:
+        settings: their JSON configuration; ``decoder_layers`` is [lower layers, layers of group 1, ...].
+
+    Raises:
+        DRTError: a setting is missing, or asks for what this architecture does not have.
+    """
+    wanted = [*_FIELDS, "decoder_layers", "slide_window", "chunk_id"]
+    missing = [name for name in wanted if name not in settings]
+    if missing:
+        raise DRTError(f"the authors' configuration lacks {', '.join(missing)}")
+    groups = settings["decoder_layers"][1:]
+    if len(set(groups)) != 1:
+        raise DRTError(f"decoder_layers must be [lower, group, group, ...] with equal groups, got {[*groups]}")
+    if settings.get("hidden_act", "silu") != "silu":
+        raise DRTError(f"hidden_act must be silu, got {settings['hidden_act']}")
+    return DRTConfig(
+        **{ours: settings[theirs] for theirs, ours in _FIELDS.items()},
+        num_lower_layers=settings["decoder_layers"][0],
+        num_upper_layers=sum(groups),
+        num_groups=len(groups),
+        sliding_window=settings["slide_window"] + 1,
+        position_embedding="alibi" if settings.get("enable_alibi", True) else "rope",
+        rope_theta=settings.get("rope_theta", 10000.0),
+        tie_word_embeddings=settings.get("tie_word_embeddings", True),
+        pad_token_id=settings.get("pad_id"),
+        eos_token_id=settings.get("eos_id"),
+        sink=True,
+        landmark_predicts=False,
+    )
+
+
+def convert_state_dict(parameters: Mapping[str, Tensor], config: DRTConfig, chunk_id: int) -> dict[str, Tensor]:
+    """Rename the authors' parameters to ours.
+
+    Args:
+        parameters: by their names.
+        config: as `config_from_authors` gives it.
+        chunk_id: the embedding row that is their landmark.
+
+    Raises:
+        DRTError: a parameter without a counterpart here.
+    """
+    per_group = config.num_upper_layers // config.num_groups
+    converted = {}
+    for name, tensor in parameters.items():
+        ours = re.sub(
+            r"upper_layers\.(\d+)\.(\d+)\.",
+            lambda found: f"upper_layers.{int(found[1]) * per_group + int(found[2])}.",
+            name,
+        )
+        for pattern, replacement in _RENAMES:
+            ours = re.sub(pattern, replacement, ours)
+        converted[ours] = tensor
+    if "model.embed_tokens.weight" not in converted:
+        raise DRTError("the checkpoint holds no model.embed_tokens.weight: is it one of the authors'?")
+    converted["model.landmark_embedding"] = converted["model.embed_tokens.weight"][chunk_id].clone()
+    if config.tie_word_embeddings:
+        converted.setdefault("lm_head.weight", converted["model.embed_tokens.weight"])
+    return converted
+
+
+def convert_authors_checkpoint(path: Path | str, config_json: Path | str, output_dir: Path | str) -> DRTForCausalLM:
+    """Convert a checkpoint file or folder and save it with `save_pretrained`.
+
+    Args:
+        path: ``.safetensors``, ``.bin`` or ``.pt`` file of parameters, or a folder that holds one.
+        config_json: their configuration.
+        output_dir: where the converted model is written.
+
+    Returns:
+        The converted model.
+
+    Raises:
+        DRTError: a file that is missing or not readable, or parameters that do not fit the configuration.
+    """
+    config_path = Path(config_json)
+    if not config_path.is_file():
+        raise DRTError(f"no configuration file at {config_path}")
+    try:
+        settings = json.loads(config_path.read_text())
+    except json.JSONDecodeError as error:
+        raise DRTError(f"{config_path} is not JSON: {error}") from error
+    config = config_from_authors(settings)
+    model = DRTForCausalLM(config)
+    converted = convert_state_dict(_load_parameters(Path(path)), config, settings["chunk_id"])
+    expected = model.state_dict()
+    problems = [f"missing {name}" for name in expected if name not in converted]
+    problems += [f"unknown {name}" for name in converted if name not in expected]
+    problems += [
+        f"{name} is {tuple(converted[name].shape)}, wanted {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in converted and converted[name].shape != tensor.shape
+    ]
+    if problems:
+        raise DRTError(f"{path} does not fit {config_path}: {'; '.join(problems[:5])}")
+    model.load_state_dict(converted)
+    model.save_pretrained(output_dir)
+    return model
+
+
+def _load_parameters(path: Path) -> dict[str, Tensor]:
+    """Parameters of a file, or of the first known file in a folder; never runs pickled code."""
+    if path.is_dir():
+        known = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
+        if not known:
+            raise DRTError(f"{path} holds neither model.safetensors nor pytorch_model.bin")
+        path = known[0]
+    if not path.is_file():
+        raise DRTError(f"no checkpoint at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, EOFError) as error:
+        raise DRTError(f"{path} cannot be read as a checkpoint of parameters: {error}") from error

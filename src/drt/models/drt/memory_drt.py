@@ -1,0 +1,88 @@
+"""The chunk memory as one forward pass sees it: the chunks at hand, or those and the ones a cache holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from drt.layers.grouped_cross_attention import RetrievedMemory
+from drt.layers.retriever import Retriever
+from drt.models.drt.cache_drt import DRTCache
+from drt.models.drt.chunk_layout import ChunkLayout
+
+
+class ChunkMemory:
+    """Chunks that close in this pass, joined with a cache's store where there is one.
+
+    Without a cache everything stays differentiable; with one, the chunks are first appended to its store.
+
+    Args:
+        keys: (B, N, S, h_kv, D) of the chunks that close in this pass.
+        values: (B, N, S, h_kv, D).
+        landmarks: (B, N, H).
+        layout: of this pass.
+        cache: the decoding state, or ``None``.
+    """
+
+    def __init__(
+        self, keys: Tensor, values: Tensor, landmarks: Tensor, layout: ChunkLayout, cache: DRTCache | None
+    ) -> None:
+        self.keys, self.values, self.landmarks = keys, values, landmarks
+        self.layout = layout
+        self.cache = cache
+        batch_size, num_closed = landmarks.shape[:2]
+        visible = torch.arange(num_closed).expand(batch_size, -1)
+        if cache is not None:
+            if cache.closed_counts is not None:
+                visible = visible + cache.closed_counts.unsqueeze(1)
+            if num_closed:
+                cache.store.append(keys, values, landmarks, layout.chunk_lengths, layout.closed_counts)
+        closes = torch.arange(num_closed) < layout.closed_counts.unsqueeze(1)
+        self.visible = torch.where(closes, visible, 0).to(landmarks.device)
+
+    def retrieve(self, group: int, retriever: Retriever, hidden_states: Tensor, gumbel: bool) -> RetrievedMemory:
+        """What group ``group`` reads in each block of positions.
+
+        Args:
+            group: number of the group.
+            retriever: its query side.
+            hidden_states: (B, compact_length, H) as they enter the group.
+            gumbel: select by noisy scores.
+
+        Returns:
+            N + 1 blocks: first what the cache carries from earlier passes (nothing without one), then what each
+            closed chunk retrieves.
+        """
+        states = hidden_states.flatten(0, 1)[self.layout.landmark_index]
+        if self.cache is None:
+            found = retriever(states, self.landmarks, self.visible, gumbel)
+            indices = pad(found.chunk_indices, (0, 0, 1, 0), value=-1)
+            weights = pad(found.chunk_weights, (0, 0, 1, 0))
+            return RetrievedMemory(self.keys, self.values, self.layout.chunk_lengths, indices, weights)
+        return self._retrieve_from_cache(self.cache, group, retriever, states, gumbel)
+
+    def _retrieve_from_cache(
+        self, cache: DRTCache, group: int, retriever: Retriever, states: Tensor, gumbel: bool
+    ) -> RetrievedMemory:
+        carried = cache.selections[group]
+        if carried is None:
+            carried = self._nothing(retriever.top_k)
+        if states.shape[1] == 0:
+            return RetrievedMemory(*(tensor.unsqueeze(1) for tensor in carried))
+        found = retriever(states, cache.store.landmark_blocks(), self.visible, gumbel)
+        gathered = cache.store.gather(found.chunk_indices)
+        new = (*(t.to(states.device) for t in gathered), found.chunk_indices, found.chunk_weights)
+        blocks = RetrievedMemory(*(torch.cat([old.unsqueeze(1), t], 1) for old, t in zip(carried, new, strict=True)))
+        rows = torch.arange(states.shape[0], device=states.device)
+        last = self.layout.closed_counts.to(states.device)
+        cache.selections[group] = RetrievedMemory(*(tensor[rows, last] for tensor in blocks))
+        return blocks
+
+    def _nothing(self, top_k: int) -> RetrievedMemory:
+        """A selection of empty slots, (B, K, ...)."""
+        batch_size, _, *chunk_shape = self.keys.shape
+        empty = self.keys.new_zeros(batch_size, top_k, *chunk_shape)
+        indices = torch.full((batch_size, top_k), -1, device=self.keys.device)
+        return RetrievedMemory(empty, empty, torch.zeros_like(indices), indices, indices.new_zeros(indices.shape).float())
+

@@ -1,0 +1,393 @@
+"""The Differentiable Retrieval-based Transformer as a Hugging Face model (arXiv 2410.01651)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
+from transformers.utils import logging
+
+from drt.layers.chunk_encoder import ChunkEncoder
+from drt.layers.grouped_cross_attention import GroupedCrossAttention, RetrievedMemory
+from drt.layers.mlp import SwiGLU
+from drt.layers.retriever import Retriever
+from drt.layers.window_attention import WindowAttention, WindowState
+from drt.models.drt.cache_drt import DRTCache
+from drt.models.drt.chunk_layout import ChunkLayout, build_chunk_layout
+from drt.models.drt.configuration_drt import DRTConfig
+from drt.models.drt.memory_drt import ChunkMemory
+from drt.models.drt.validation import check_inputs
+from drt.ops.window_attention import alibi_slopes
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class DRTModelOutput(ModelOutput):
+    """Output of `DRTModel`.
+
+    Attributes:
+        last_hidden_state: (B, L, H), aligned with the input: what predicts the token after each input token.
+        past_key_values: the decoding state, when ``use_cache``.
+        chunk_indices: per group (B, N, K), what each of the N chunks that closed in this pass retrieved; -1 for an
+            empty slot. Only with ``output_retrieval=True``.
+        chunk_weights: per group (B, N, K) float32, the weights of those chunks.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    chunk_indices: tuple[Tensor, ...] | None = None
+    chunk_weights: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class DRTCausalLMOutput(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast` with the retrieval records of `DRTModelOutput`."""
+
+    chunk_indices: tuple[Tensor, ...] | None = None
+    chunk_weights: tuple[Tensor, ...] | None = None
+
+
+class DRTLowerLayer(GradientCheckpointingLayer):
+    """Window attention and MLP."""
+
+    def __init__(self, config: DRTConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.window_attention = _window_attention(config)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, hidden_states: Tensor, state: WindowState | None = None) -> Tensor:
+        hidden_states = hidden_states + self.window_attention(self.attention_norm(hidden_states), state)
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+class DRTUpperLayer(GradientCheckpointingLayer):
+    """Window attention, grouped cross-attention and MLP.
+
+    What is read from chunks feeds the MLP only; the residual carries the state before it (section 3.2).
+    """
+
+    def __init__(self, config: DRTConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.window_attention = _window_attention(config)
+        if config.retrieval:
+            self.grouped_cross_attention = GroupedCrossAttention(
+                config.hidden_size, config.num_attention_heads, config.head_dim, config.sink, config.rms_norm_eps
+            )
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        memory: RetrievedMemory | None,
+        block_index: Tensor,
+        block_inverse: Tensor,
+        state: WindowState | None = None,
+    ) -> Tensor:
+        hidden_states = hidden_states + self.window_attention(self.attention_norm(hidden_states), state)
+        informed = hidden_states
+        if memory is not None:
+            informed = informed + self.grouped_cross_attention(hidden_states, memory, block_index, block_inverse)
+        return hidden_states + self.mlp(self.mlp_norm(informed))
+
+
+class DRTPreTrainedModel(PreTrainedModel):
+    """What `DRTModel` and `DRTForCausalLM` share with the library's machinery."""
+
+    config_class = DRTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DRTLowerLayer", "DRTUpperLayer", "ChunkEncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _is_stateful = True  # a chunk memory cannot be rolled back: assisted decoding must refuse
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, WindowAttention) and module.alibi_slopes is not None:
+            init.copy_(module.alibi_slopes, alibi_slopes(module.alibi_slopes.shape[0]))
+        elif isinstance(module, Retriever) and module.log_temperature is not None:
+            init.zeros_(module.log_temperature)
+        elif isinstance(module, DRTModel):
+            init.normal_(module.landmark_embedding, mean=0.0, std=self.config.initializer_range)
+
+
+class DRTModel(DRTPreTrainedModel):
+    """Token ids to hidden states.
+
+    Lower decoder, chunk encoder, then groups of upper layers that each retrieve once and read what they retrieved.
+    """
+
+    def __init__(self, config: DRTConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.landmark_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.lower_layers = nn.ModuleList(DRTLowerLayer(config) for _ in range(config.num_lower_layers))
+        if config.retrieval:
+            self.chunk_encoder = ChunkEncoder(
+                config.num_encoder_layers,
+                config.hidden_size,
+                config.intermediate_size,
+                config.num_attention_heads,
+                config.num_key_value_heads,
+                config.head_dim,
+                config.rope_theta,
+                config.rms_norm_eps,
+                config.encoder_rms_norm_eps,
+            )
+            memory_width = config.num_key_value_heads * config.head_dim
+            self.chunk_k_proj = nn.Linear(config.hidden_size, memory_width, bias=False)
+            self.chunk_v_proj = nn.Linear(config.hidden_size, memory_width, bias=False)
+            self.retrievers = nn.ModuleList(
+                Retriever(config.hidden_size, config.top_k, config.rms_norm_eps, config.learned_temperature)
+                for _ in range(config.num_groups)
+            )
+        self.upper_layers = nn.ModuleList(DRTUpperLayer(config) for _ in range(config.num_upper_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DRTCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        chunk_ends: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_retrieval: bool = False,
+        **kwargs: Any,
+    ) -> DRTModelOutput:
+        """Run the stack over new tokens.
+
+        Args:
+            input_ids: (B, L) int64.
+            attention_mask: (B, L) or (B, past + L), zeros only at the left: left padding.
+            position_ids: accepted and not needed: positions follow from the mask and the cache.
+            past_key_values: the state to continue from.
+            inputs_embeds: (B, L, H) instead of ``input_ids``.
+            chunk_ends: (B, L) bool: close the open chunk after this token.
+            use_cache: return a state to continue from. Default: ``config.use_cache`` where no gradient is recorded.
+            output_retrieval: also return what each group retrieved.
+
+        Raises:
+            ValueError: for input that cannot be laid out; the message names what was got and what is wanted.
+        """
+        mask = check_inputs(self.config, input_ids, inputs_embeds, attention_mask, chunk_ends, past_key_values)
+        cache = self._cache(past_key_values, use_cache)
+        source = input_ids if input_ids is not None else inputs_embeds
+        batch_size, length = source.shape[:2]
+        layout = build_chunk_layout(
+            batch_size,
+            length,
+            self.config.chunk_size,
+            landmark_predicts=self.config.landmark_predicts,
+            attention_mask=mask,
+            chunk_ends=chunk_ends,
+            open_lengths=None if cache is None or cache.seen_tokens == 0 else cache.open_lengths,
+            device=source.device,
+        )
+        if cache is not None:
+            cache.begin(layout)
+        hidden_states = self._embed(source, layout)
+        states: list[WindowState | None] = [None] * self.config.num_hidden_layers if cache is None else cache.layers
+        for layer, state in zip(self.lower_layers, states, strict=False):
+            hidden_states = layer(hidden_states, state)
+        hidden_states, retrieved = self._upper(hidden_states, layout, cache, states[len(self.lower_layers) :])
+        if cache is not None:
+            cache.finish(layout, length)
+        output = hidden_states.flatten(0, 1)[layout.output_index]
+        return DRTModelOutput(
+            last_hidden_state=self.norm(output),
+            past_key_values=cache,
+            chunk_indices=tuple(memory.chunk_indices[:, 1:] for memory in retrieved) if output_retrieval else None,
+            chunk_weights=tuple(memory.chunk_weights[:, 1:] for memory in retrieved) if output_retrieval else None,
+        )
+
+    def _cache(self, past_key_values: DRTCache | None, use_cache: bool | None) -> DRTCache | None:
+        if use_cache is None:
+            use_cache = past_key_values is not None or (self.config.use_cache and not torch.is_grad_enabled())
+        if not use_cache:
+            if past_key_values is not None and past_key_values.seen_tokens:
+                raise ValueError("use_cache=False cannot continue from past_key_values that hold a text")
+            return None
+        if torch.is_grad_enabled():
+            logger.warning_once("No gradient flows through a cache's chunk memory; train with use_cache=False.")
+        return DRTCache(self.config) if past_key_values is None else past_key_values
+
+    def _embed(self, source: Tensor, layout: ChunkLayout) -> Tensor:
+        """Compact embeddings (B, compact_length, H) of tokens and landmarks."""
+        compact = source.flatten(0, 1)[layout.token_index]
+        embeds = self.embed_tokens(compact) if source.dim() == 2 else compact
+        landmark = self.landmark_embedding.to(embeds.dtype)
+        return torch.where(layout.is_landmark.unsqueeze(-1), landmark, embeds)
+
+    def _upper(
+        self, hidden_states: Tensor, layout: ChunkLayout, cache: DRTCache | None, states: list[WindowState | None]
+    ) -> tuple[Tensor, list[RetrievedMemory]]:
+        """Groups of upper layers; returns their output and what each group retrieved."""
+        memory = self._remember(hidden_states, layout, cache) if self.config.retrieval else None
+        per_group = len(self.upper_layers) // self.config.num_groups
+        retrieved: list[RetrievedMemory] = []
+        for number, layer in enumerate(self.upper_layers):
+            if memory is not None and number % per_group == 0:
+                retriever = self.retrievers[number // per_group]
+                gumbel = self.training and self.config.gumbel_noise
+                retrieved.append(memory.retrieve(number // per_group, retriever, hidden_states, gumbel))
+            hidden_states = layer(
+                hidden_states,
+                retrieved[-1] if retrieved else None,
+                layout.block_index,
+                layout.block_inverse,
+                states[number],
+            )
+        return hidden_states, retrieved
+
+    def _remember(self, hidden_states: Tensor, layout: ChunkLayout, cache: DRTCache | None) -> ChunkMemory:
+        """Encode the chunks that close in this pass and add them to the memory."""
+        source = hidden_states
+        if layout.carried:
+            source = torch.cat([cache.open_states, hidden_states], 1)
+        flat = source.flatten(0, 1)
+        tokens, keys_out = flat[layout.encoder_index], hidden_states.flatten(0, 1)[layout.landmark_index]
+        if cache is not None:
+            cache.open_states = flat[layout.open_index]
+        encoded, landmarks = self.chunk_encoder(tokens, keys_out, None if layout.full else layout.chunk_lengths)
+        head_dim = self.config.head_dim
+        keys = self.chunk_k_proj(encoded).unflatten(-1, (-1, head_dim))
+        values = self.chunk_v_proj(encoded).unflatten(-1, (-1, head_dim))
+        return ChunkMemory(keys, values, landmarks, layout, cache)
+
+
+class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
+    """DRT with a language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: DRTConfig) -> None:
+        super().__init__(config)
+        self.model = DRTModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DRTCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        chunk_ends: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_retrieval: bool = False,
+        **kwargs: Any,
+    ) -> DRTCausalLMOutput:
+        """As `DRTModel.forward`, with logits (B, L, V) and a loss.
+
+        Args:
+            labels: (B, L) token ids aligned with ``input_ids`` (shifted inside), -100 where nothing is scored.
+            logits_to_keep: logits of the last n positions only (0: all), or of the positions in a tensor.
+        """
+        if use_cache is None and labels is not None:
+            use_cache = False
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            chunk_ends=chunk_ends,
+            use_cache=use_cache,
+            output_retrieval=output_retrieval,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return DRTCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            chunk_indices=outputs.chunk_indices,
+            chunk_weights=outputs.chunk_weights,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """`generate` would build a DynamicCache: give it ours."""
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and not isinstance(cache, DRTCache):
+            raise ValueError(f"past_key_values must be a DRTCache, got {type(cache).__name__}")
+        if generation_config.use_cache is not False and cache is None:
+            if generation_config.cache_implementation is not None:
+                raise ValueError(
+                    f"DRT has a cache of its own; cache_implementation must be None, got "
+                    f"{generation_config.cache_implementation!r}"
+                )
+            model_kwargs["past_key_values"] = DRTCache(self.config)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any):
+        """Remember where the prompt ends: its last chunk closes there."""
+        cache = model_kwargs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        mask = model_kwargs.get("attention_mask")
+        seen = generation_config._mask_length if mask is None else mask.shape[1]
+        whole = input_ids.shape[1] if seen == input_ids.shape[1] else past + input_ids.shape[1]
+        if whole <= past:
+            raise ValueError(
+                f"the prompt must go on after the {past} tokens that past_key_values holds, got {whole} tokens in all"
+            )
+        model_kwargs["prompt_length"] = whole
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        prompt_length: int | None = None,
+        chunk_ends: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Slice the inputs, and close the open chunk at the end of the prompt (and where ``chunk_ends`` says)."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        cache = inputs.get("past_key_values")
+        start = 0 if cache is None else cache.get_seq_length()
+        ends = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        if chunk_ends is not None:
+            given = chunk_ends[:, start : start + tokens.shape[1]]
+            ends[:, : given.shape[1]] = given
+        if prompt_length is not None and start < prompt_length <= start + tokens.shape[1]:
+            ends[:, prompt_length - 1 - start] = True
+        inputs["chunk_ends"] = ends if bool(ends.any()) else None
+        return inputs
+
+
+def _window_attention(config: DRTConfig) -> WindowAttention:
+    return WindowAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.sliding_window,
+        config.position_embedding,
+        config.rope_theta,
+    )
