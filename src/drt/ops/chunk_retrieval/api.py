@@ -1,0 +1,164 @@
+"""Chunk retrieval: selection in blocks without gradient, then weights with gradient (section 3.1 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Scores held at a time: query rows x landmark columns.
+QUERY_BLOCK = 256
+LANDMARK_BLOCK = 8192
+
+
+class RetrievedChunks(NamedTuple):
+    """The K chunks selected for each query, best selection score first.
+
+    Attributes:
+        chunk_indices: (B, N, K) int64, -1 for an empty slot.
+        chunk_weights: (B, N, K) float32 softmax over the selected scores, 0 for an empty slot; differentiable.
+        scores: (B, N, K) float32 without noise, -inf for an empty slot.
+    """
+
+    chunk_indices: Tensor
+    chunk_weights: Tensor
+    scores: Tensor
+
+
+def retrieve_chunks(
+    query: Tensor,
+    landmarks: Tensor | Sequence[Tensor],
+    visible: Tensor,
+    *,
+    top_k: int,
+    scale: float | Tensor | None = None,
+    gumbel: bool = False,
+    generator: torch.Generator | None = None,
+) -> RetrievedChunks:
+    """Select chunks and weight them: softmax over the selected of r = scale * query . landmark.
+
+    Gradient reaches query, landmarks and scale by way of the weights; the selection itself has none.
+
+    Args:
+        query: (B, N, H).
+        landmarks: (B, C, H), or blocks (B, C_i, H) of them in order.
+        visible: (B, N) int, the number of leading chunks each query may see.
+        top_k: slots K.
+        scale: factor of the scores, a float or a 0-d tensor; default H^-0.5.
+        gumbel: select by scores plus Gumbel noise; the noise never enters the weights.
+        generator: source of the noise; ``None``: torch's global one.
+
+    Raises:
+        ValueError: shapes that do not fit or top_k below 1.
+    """
+    blocks = [landmarks] if isinstance(landmarks, Tensor) else list(landmarks)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    chunk_indices = select_chunks(
+        query, blocks, visible, top_k=top_k, scale=scale, gumbel=gumbel, generator=generator
+    )
+    empty = chunk_indices < 0
+    chosen = _gather_landmarks(blocks, chunk_indices.clamp_min(0), query)
+    scores = torch.einsum("bnh,bnkh->bnk", query.float(), chosen.float()) * scale
+    scores = scores.masked_fill(empty, -torch.inf)
+    # A query that sees nothing has no softmax; its weights are 0 by definition.
+    weights = torch.softmax(scores.masked_fill(empty.all(-1, keepdim=True), 0.0), -1).masked_fill(empty, 0.0)
+    return RetrievedChunks(chunk_indices, weights, scores)
+
+
+@torch.no_grad()
+def select_chunks(
+    query: Tensor,
+    landmarks: Tensor | Sequence[Tensor],
+    visible: Tensor,
+    *,
+    top_k: int,
+    scale: float | Tensor | None = None,
+    gumbel: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Indices (B, N, K) of the best visible chunks, best first, -1 for an empty slot; arguments as `retrieve_chunks`.
+
+    Scores are computed in float32, a block of queries by a block of landmarks at a time; a running top-k is kept.
+    """
+    blocks = [landmarks] if isinstance(landmarks, Tensor) else list(landmarks)
+    _validate(query, blocks, visible, top_k)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query = query.float() * scale
+    indices = torch.full((*query.shape[:2], top_k), -1, device=query.device)
+    for start in range(0, query.shape[1], QUERY_BLOCK):
+        part = slice(start, start + QUERY_BLOCK)
+        indices[:, part] = _select_block(query[:, part], blocks, visible[:, part], top_k, gumbel, generator)
+    return indices
+
+
+def _select_block(
+    query: Tensor,
+    blocks: list[Tensor],
+    visible: Tensor,
+    top_k: int,
+    gumbel: bool,
+    generator: torch.Generator | None,
+) -> Tensor:
+    best = query.new_full((*query.shape[:2], top_k), -torch.inf)
+    indices = torch.full(best.shape, -1, device=query.device)
+    sees_most, sees_least = int(visible.max()), int(visible.min())
+    for first, landmarks in _columns(blocks, sees_most):
+        scores = query @ landmarks.float().transpose(1, 2)
+        last = first + landmarks.shape[1]
+        if gumbel:
+            noise = torch.empty_like(scores).exponential_(generator=generator)
+            scores -= noise.log_()
+        if last > sees_least:
+            column = torch.arange(first, last, device=query.device)
+            scores.masked_fill_(column >= visible.unsqueeze(-1), -torch.inf)
+        if first and bool((scores.amax(-1) <= best[..., -1]).all()):
+            continue
+        found, at = scores.topk(min(top_k, scores.shape[-1]), -1)
+        best, order = torch.cat([best, found], -1).topk(top_k, -1)
+        indices = torch.cat([indices, at + first], -1).gather(-1, order)
+    return torch.where(best > -torch.inf, indices, -1)
+
+
+def _columns(blocks: list[Tensor], sees_most: int) -> Iterator[tuple[int, Tensor]]:
+    """(index of the first, landmarks) of pieces of at most LANDMARK_BLOCK, as far as any query sees."""
+    offset = 0
+    for block in blocks:
+        held = min(block.shape[1], sees_most - offset)
+        for first in range(0, held, LANDMARK_BLOCK):
+            yield offset + first, block[:, first : min(first + LANDMARK_BLOCK, held)]
+        offset += block.shape[1]
+
+
+def _gather_landmarks(blocks: list[Tensor], chunk_indices: Tensor, query: Tensor) -> Tensor:
+    """(B, N, K, H) landmarks at (B, N, K) indices."""
+    rows = torch.arange(chunk_indices.shape[0], device=query.device).view(-1, 1, 1)
+    if len(blocks) == 1 and blocks[0].shape[1]:
+        return blocks[0][rows, chunk_indices]
+    chosen = query.new_zeros(*chunk_indices.shape, query.shape[-1])
+    offset = 0
+    for block in blocks:
+        inside = (chunk_indices >= offset) & (chunk_indices < offset + block.shape[1])
+        row, at, slot = inside.nonzero(as_tuple=True)
+        if len(row):
+            chosen = chosen.index_put((row, at, slot), block[row, chunk_indices[row, at, slot] - offset].to(chosen))
+        offset += block.shape[1]
+    return chosen
+
+
+def _validate(query: Tensor, blocks: list[Tensor], visible: Tensor, top_k: int) -> None:
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if query.dim() != 3 or visible.shape != query.shape[:2]:
+        raise ValueError(
+            f"query must be (B, N, H) and visible (B, N), got {tuple(query.shape)} and {tuple(visible.shape)}"
+        )
+    for block in blocks:
+        if block.dim() != 3 or block.shape[0] != query.shape[0] or block.shape[2] != query.shape[2]:
+            raise ValueError(
+                f"landmarks must be ({query.shape[0]}, C, {query.shape[2]}), got {tuple(block.shape)}"
+            )
+    held = sum(block.shape[1] for block in blocks)
+    if visible.numel() and (int(visible.min()) < 0 or int(visible.max()) > held):
+        raise ValueError(f"visible must lie in [0, {held}], got {int(visible.min())} to {int(visible.max())}")

@@ -1,0 +1,1 @@
+"""Implementations of window attention; none imports another."""
