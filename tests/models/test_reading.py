@@ -21,19 +21,21 @@ def model() -> LlamaForCausalLM:
         initializer_range=0.5,
         eos_token_id=None,  # never ends the text, so that every case generates five tokens
     )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).double().eval()  # so that rounding cannot hide a difference
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 30])
 def test_segments_read_like_one_pass(model: LlamaForCausalLM, length: int) -> None:
     prompt = torch.randint(3, 64, (1, length), generator=torch.Generator().manual_seed(length))
     steps: list[int] = []
-    generated = read_and_generate(model, prompt, 5, 7, on_segment=steps.append)
+    token_ids, logits = read_and_generate(model, prompt, 5, 7, on_segment=steps.append)
 
     expected = prompt
-    for _ in range(5):  # greedy without any cache
-        expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(generated, expected[:, length:])
+    for step in range(5):  # greedy without any cache
+        following = model(expected).logits[:, -1:]
+        torch.testing.assert_close(logits[:, step : step + 1], following)
+        expected = torch.cat([expected, following.argmax(-1)], dim=1)
+    assert torch.equal(token_ids, expected[:, length:])
     assert sum(steps) == length
     assert max(steps) <= 7
 

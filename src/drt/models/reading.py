@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+
+class Continuation(NamedTuple):
+    """What a prompt was continued with: `token_ids` (1, n) and the `logits` (1, n, V) they were chosen by."""
+
+    token_ids: Tensor
+    logits: Tensor
 
 
 @torch.no_grad()
@@ -16,7 +24,7 @@ def read_and_generate(
     max_new_tokens: int,
     segment_size: int,
     on_segment: Callable[[int], None] | None = None,
-) -> Tensor:
+) -> Continuation:
     """Read a prompt through the model's cache, a segment at a time, and continue it greedily.
 
     Reading in segments bounds the memory of one forward pass; the result is that of reading in one pass. All
@@ -31,7 +39,7 @@ def read_and_generate(
         on_segment: called with the number of tokens just read, after each segment; the numbers add up to L.
 
     Returns:
-        (1, n) generated token ids without the prompt, n <= max_new_tokens, on the model's device.
+        The generated tokens without the prompt, n <= max_new_tokens, on the model's device.
 
     Raises:
         ValueError: a batch of more than one prompt, an empty prompt, segment_size < 1, max_new_tokens < 1, or
@@ -54,14 +62,17 @@ def read_and_generate(
         cache = output.past_key_values
         if on_segment is not None:
             on_segment(segment.shape[1])
-    sequences = model.generate(
+    generated = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
+        use_cache=True,
+        return_dict_in_generate=True,
+        output_logits=True,
     )
     if on_segment is not None:
         on_segment(1)
-    return sequences[:, input_ids.shape[1] :]
+    return Continuation(generated.sequences[:, input_ids.shape[1] :], torch.stack(generated.logits, dim=1))
