@@ -28,7 +28,9 @@ def shipped_checkpoint(name: str = "needle-tiny") -> Path:
     """
     folder = SHIPPED / name
     if not folder.is_dir():
-        raise DRTError(f"this installation of drt ships no checkpoint {name}; name a folder with --checkpoint")
+        raise DRTError(
+            f"this installation of drt ships no checkpoint {name}; name a folder with --checkpoint"
+        )
     return folder
 
 
@@ -107,7 +109,8 @@ def _describe(info: dict[str, Any]) -> list[str]:
     problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
     problems += [f"unknown {name}" for name in sorted(info["unexpected_keys"])]
     problems += [
-        f"{name} is {tuple(got)}, wanted {tuple(wanted)}" for name, got, wanted in sorted(info["mismatched_keys"])
+        f"{name} is {tuple(got)}, wanted {tuple(wanted)}"
+        for name, got, wanted in sorted(info["mismatched_keys"])
     ]
     return problems
 

@@ -20,7 +20,7 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "chunk_size": 7,
-    "top_k": 2,
+    "retrieval_top_k": 2,
     "sliding_window": 10,
     "learned_temperature": True,
     "pad_token_id": 0,

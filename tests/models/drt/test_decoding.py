@@ -15,7 +15,7 @@ RULES = [
     {"landmark_predicts": False},
     {"position_embedding": "rope"},
     {"sink": False, "num_groups": 1},
-    {"top_k": 5, "chunk_size": 3},
+    {"retrieval_top_k": 5, "chunk_size": 3},
     {"chunk_size": 1},
     {"sliding_window": 1},
     {"retrieval": False},
@@ -93,7 +93,7 @@ def test_the_future_is_not_seen(make_model, ids):
 def test_far_chunks_are_read(make_model, ids):
     """A token far beyond every window changes late logits, and does not when retrieval is off."""
     for retrieval in (True, False):
-        model = make_model(retrieval=retrieval, sliding_window=4, top_k=8, chunk_size=7)
+        model = make_model(retrieval=retrieval, sliding_window=4, retrieval_top_k=8, chunk_size=7)
         changed = ids.clone()
         changed[:, 3] = (changed[:, 3] + 7) % 50
         difference = (model(ids, use_cache=False).logits - model(changed, use_cache=False).logits)[:, 40:].abs().max()
@@ -130,7 +130,7 @@ def test_every_parameter_gets_a_gradient(make_model, ids):
 
 def test_retrieval_gradient_is_the_finite_difference(make_model, ids):
     """d loss / d retrieval score, by way of the temperature: float64, central differences."""
-    model = make_model(top_k=3).double()
+    model = make_model(retrieval_top_k=3).double()
     parameter = model.model.retrievers[1].log_temperature
 
     def loss():  # the library's loss is computed in float32

@@ -76,7 +76,7 @@ def test_every_gradient(oracle):
         {"sliding_window": 42},
         {"sink": False},
         {"landmark_predicts": True},
-        {"top_k": 1},
+        {"retrieval_top_k": 1},
         {"position_embedding": "rope"},
         {"encoder_rms_norm_eps": 1e-3},
         {"rms_norm_eps": 1e-3},

@@ -26,7 +26,7 @@ class DRTConfig(PreTrainedConfig):
             ``None``: as many as query heads.
         head_dim: width D of a head. ``None``: ``hidden_size // num_attention_heads``.
         chunk_size: tokens S in a full chunk (its landmark not counted).
-        top_k: retrieved chunks K per selection.
+        retrieval_top_k: retrieved chunks K per selection.
         sliding_window: keys W that a position sees, itself included.
         position_embedding: ``"alibi"`` or ``"rope"``, for window attention.
         rope_theta: base of the rotary angles (encoder, and window attention with ``"rope"``).
@@ -58,7 +58,7 @@ class DRTConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     chunk_size: int = 63
-    top_k: int = 8
+    retrieval_top_k: int = 8
     sliding_window: int = 512
     position_embedding: str = "alibi"
     rope_theta: float = 10000.0
@@ -102,7 +102,7 @@ class DRTConfig(PreTrainedConfig):
             "num_key_value_heads": 1,
             "head_dim": 2,
             "chunk_size": 1,
-            "top_k": 1,
+            "retrieval_top_k": 1,
             "sliding_window": 1,
         }
         for name, minimum in least.items():

@@ -29,7 +29,7 @@ _FIELDS = {
     "num_attention_heads": "num_attention_heads",
     "encoder_layers": "num_encoder_layers",
     "enc_chunk_size": "chunk_size",
-    "chunk_topk": "top_k",
+    "chunk_topk": "retrieval_top_k",
     "rms_norm_eps": "rms_norm_eps",
 }
 

@@ -150,7 +150,7 @@ class DRTModel(DRTPreTrainedModel):
             self.chunk_k_proj = nn.Linear(config.hidden_size, memory_width, bias=False)
             self.chunk_v_proj = nn.Linear(config.hidden_size, memory_width, bias=False)
             self.retrievers = nn.ModuleList(
-                Retriever(config.hidden_size, config.top_k, config.rms_norm_eps, config.learned_temperature)
+                Retriever(config.hidden_size, config.retrieval_top_k, config.rms_norm_eps, config.learned_temperature)
                 for _ in range(config.num_groups)
             )
         self.upper_layers = nn.ModuleList(DRTUpperLayer(config) for _ in range(config.num_upper_layers))
