@@ -20,6 +20,9 @@ CHAIN_QUESTION = "|{key}?>"
 CHAIN_JOINT = ">"
 ANSWER_END = "|"  # in training text follows it; a generated answer is scored without it
 
+# Texts that share a part with a needle or a question but are none.
+DECOYS = ("|", "|{name}", "{name}=", "{name}={digits}", "={digits}|", "{name}>", ">{name}|", "{name}?")
+
 NAMES = tuple("".join(letters) for letters in product(ascii_lowercase, repeat=2))
 NUM_VALUES = 10**5
 # A name where a needle or a question of it would begin. In `|ab=1|cd?` the second `|` counts for both names.

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 TokenIds = NDArray[np.int32]
 
 BYTE_OFFSET = 3  # ByT5: ids 0, 1, 2 are pad, eos, unk; byte b is id b + 3
+_PIECE = 2**20  # bytes of text given to a tokenizer at once: its working memory is many times its input
 _PROBE = "".join(map(chr, range(128))) + "é€😀"
 
 
@@ -37,13 +38,19 @@ class TextCodec:
         self.is_bytes = list(tokenizer.encode(_PROBE, add_special_tokens=False)) == probe
 
     def encode(self, text: str | bytes) -> TokenIds:
-        """(n,) int32 token ids, no special tokens. Bytes that are no whole UTF-8 character at either end are dropped
+        """(n,) int32 token ids, no special tokens. Bytes at either end that are no whole UTF-8 character are dropped,
         unless tokens are bytes."""
         if self.is_bytes:
             data = text.encode() if isinstance(text, str) else text
-            return np.frombuffer(data, np.uint8).astype(np.int32) + np.int32(BYTE_OFFSET)
+            return np.frombuffer(data, np.uint8) + np.int32(BYTE_OFFSET)
         string = text if isinstance(text, str) else text.decode("utf-8", errors="ignore")
-        return np.array(self._tokenizer.encode(string, add_special_tokens=False), np.int32)
+        pieces, start = [], 0
+        while start < len(string):
+            end = string.find("\n", start + _PIECE) + 1 or len(string)
+            ids = self._tokenizer.encode(string[start:end], add_special_tokens=False)
+            pieces.append(np.array(ids, np.int32))
+            start = end
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int32)
 
     def encode_continuation(self, text: str, continuation: str) -> TokenIds:
         """Token ids of `continuation` as they follow `text`: where the tokenizer keeps a boundary between the two,
