@@ -15,11 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drt.data.formats import NUM_VALUES, Hidden, NamePool, chain, fact, name_uses, only_uses
-from drt.data.haystack import Haystack
+from drt.data.haystack import Haystack, load_haystack
 from drt.data.tokens import TextCodec, TokenIds, Tokenizer
 from drt.errors import DRTError
 
-__all__ = ["TASKS", "Haystack", "NeedleSample", "is_correct", "make_sample", "parse_length"]
+__all__ = [
+    "TASKS",
+    "Haystack",
+    "NeedleSample",
+    "is_correct",
+    "load_haystack",
+    "make_sample",
+    "parse_length",
+]
 
 TASKS = ("single", "multikey", "multihop")
 _UNITS = {"": 1, "K": 1024, "M": 1024**2}
