@@ -48,7 +48,9 @@ def check_gathered(
     """Check the arguments of `attend_gathered_chunks`; raise ValueError naming the first that is wrong."""
     blocks = _check_query(query, block_size)
     if gathered_keys.dim() != 6:
-        raise ValueError(f"gathered_keys must be (B, N, K, S, h_kv, D); got shape {tuple(gathered_keys.shape)}")
+        raise ValueError(
+            f"gathered_keys must be (B, N, K, S, h_kv, D); got shape {tuple(gathered_keys.shape)}"
+        )
     _check_keys_fit("gathered", query, gathered_keys, gathered_values)
     slots = gathered_keys.shape[:3]
     if slots[1] != blocks:
@@ -141,7 +143,9 @@ def _check_range(name: str, tensor: torch.Tensor, low: int, high: int) -> None:
         return
     smallest, largest = torch.aminmax(tensor)
     if int(smallest) < low or int(largest) > high:
-        raise ValueError(f"{name} must lie in [{low}, {high}]; got values in [{int(smallest)}, {int(largest)}]")
+        raise ValueError(
+            f"{name} must lie in [{low}, {high}]; got values in [{int(smallest)}, {int(largest)}]"
+        )
 
 
 def _check_devices(query: torch.Tensor, **tensors: torch.Tensor | None) -> None:

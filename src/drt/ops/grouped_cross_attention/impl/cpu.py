@@ -78,7 +78,9 @@ def attend_gathered_chunks(
     sink: bool,
 ) -> Tensor:
     """Attend to chunks that lie gathered already."""
-    weights = chunk_weights if gathered_lengths is None else chunk_weights.masked_fill(gathered_lengths == 0, 0)
+    weights = (
+        chunk_weights if gathered_lengths is None else chunk_weights.masked_fill(gathered_lengths == 0, 0)
+    )
     output: Tensor = torch.ops.drt.grouped_cross_attention_eager(
         query, gathered_keys, gathered_values, None, weights, gathered_lengths, block_size, scale, sink
     )
@@ -109,7 +111,7 @@ class _GatheredChunks:
 
     def read(self, start: int, stop: int) -> Tensor:
         slab = self.blocks[start:stop].to(self.dtype)
-        return pad(slab, (0, 0, 0, self.zeros)) if self.zeros else slab
+        return pad(slab, (0, 0, 0, self.zeros)) if self.zeros else slab.contiguous()
 
     def accumulate(self, gradient: Tensor, start: int, stop: int) -> None:
         if self.grad is None:
@@ -288,7 +290,13 @@ def _fake_forward(query: Tensor, *rest: Any) -> Tensor:
 
 
 def _fake_backward(
-    grad_output: Tensor, query: Tensor, keys: Tensor, values: Tensor, indices: Tensor | None, weights: Tensor, *_: Any
+    grad_output: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    indices: Tensor | None,
+    weights: Tensor,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def like(chunks: Tensor) -> Tensor:
         if indices is not None:

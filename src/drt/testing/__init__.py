@@ -1,0 +1,1 @@
+"""Input factories and the tolerance rule that tests and benchmarks share."""
