@@ -47,6 +47,8 @@ def test_bad_input_is_refused(model: LlamaForCausalLM) -> None:
         read_and_generate(model, torch.ones(1, 0, dtype=torch.long), 1, 8)
     with pytest.raises(ValueError, match="segment_size"):
         read_and_generate(model, torch.ones(1, 3, dtype=torch.long), 1, 0)
+    with pytest.raises(ValueError, match="can generate, got LlamaModel"):
+        read_and_generate(model.model, torch.ones(1, 3, dtype=torch.long), 1, 8)
     model.train()
     try:
         with pytest.raises(ValueError, match="training mode"):

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from drt.data.needle_mix import NeedleMixConfig
 from drt.errors import DRTError
-from drt.train.config import TrainConfig, config_to_dict, load_config
+from drt.train.config import TrainConfig, config_to_dict, load_config, mix_config
 
 MINIMAL = """
 output_dir: out
-model: {hidden_size: 32}
+model: {hidden_size: 32, chunk_size: 16}
 data: {haystack: [a.txt], validation_haystack: [b.txt]}
 curriculum:
   - {chunks: 4, threshold: 1}
@@ -32,7 +33,7 @@ def test_defaults_fill_what_is_left_out(path: Path) -> None:
     assert config.curriculum[0].threshold == 1.0
     assert isinstance(config.curriculum[0].threshold, float)
     assert config.optimizer.lr == 2e-3
-    assert config.model == {"hidden_size": 32}
+    assert config.model == {"hidden_size": 32, "chunk_size": 16}
 
 
 def test_resolved_configuration_reads_back_the_same(path: Path, tmp_path: Path) -> None:
@@ -51,6 +52,17 @@ def test_resolved_configuration_reads_back_the_same(path: Path, tmp_path: Path) 
         ("curriculum=[{chunks: 5}]", lambda config: [stage.chunks for stage in config.curriculum] == [5]),
         ("validation.lengths=[100, 200]", lambda config: config.validation.lengths == [100, 200]),
         ("model.sink=false", lambda config: config.model.get("sink") is False),
+        (
+            "data.mix.question_rate=0.5",
+            lambda config: mix_config(config, config.curriculum[1]).question_rate == 0.5,
+        ),
+        (
+            "curriculum.1={chunks: 6, chain_share: 0.5, mix: {max_hops: 3}}",
+            lambda config: (
+                mix_config(config, config.curriculum[1])
+                == NeedleMixConfig(rows=42, row_length=96, chunk_size=16, chain_share=0.5, max_hops=3)
+            ),
+        ),
         ("output_dir=a=b", lambda config: config.output_dir == "a=b"),
         ("curriculum.0.max_steps=null", lambda config: config.curriculum[0].max_steps is None),
     ],
@@ -78,6 +90,11 @@ def test_overrides(path: Path, override: str, read) -> None:
         ("model=1", r"model: wanted a mapping"),
         ("seed.x=1", r"seed: wanted a whole number|no keys below"),
         ("seed", r"wanted key=value"),
+        ("data.mix.question_rat=1", r"unknown key curriculum\.0\.mix\.question_rat"),
+        ("curriculum.1.mix.min_hops=a", r"curriculum\.1\.mix\.min_hops: wanted a whole number, got 'a'"),
+        ("curriculum.1.mix.decoy_rate=2", r"curriculum\.1\.mix\.decoy_rate: wanted 0\.\.1, got 2"),
+        ("tokens_per_step=100", r"curriculum\.1\.mix\.rows: wanted at least 1, got 0"),
+        ("model.chunk_size=null", r"model\.chunk_size: wanted a whole number >= 1, got None"),
         ("seed=[", r"not valid YAML"),
         ("optimizer.min_lr=1", r"optimizer\.min_lr: wanted 0 <= min_lr <= lr"),
         ("max_steps=0", r"max_steps: wanted at least 1, got 0"),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 
 class Continuation(NamedTuple):
@@ -42,8 +42,8 @@ def read_and_generate(
         The generated tokens without the prompt, n <= max_new_tokens, on the model's device.
 
     Raises:
-        ValueError: a batch of more than one prompt, an empty prompt, segment_size < 1, max_new_tokens < 1, or
-            a model in training mode.
+        ValueError: a batch of more than one prompt, an empty prompt, segment_size < 1, max_new_tokens < 1, a model
+            in training mode, or one that cannot generate.
     """
     if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 1:
         raise ValueError(f"input_ids must be (1, L) with L >= 1, got {tuple(input_ids.shape)}")
@@ -51,6 +51,8 @@ def read_and_generate(
         raise ValueError(
             f"segment_size and max_new_tokens must be >= 1, got {segment_size} and {max_new_tokens}"
         )
+    if not isinstance(model, GenerationMixin):
+        raise ValueError(f"wanted a model that can generate, got {type(model).__name__}")
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() before reading")
     input_ids = input_ids.to(model.device)
@@ -75,4 +77,6 @@ def read_and_generate(
     )
     if on_segment is not None:
         on_segment(1)
+    assert not isinstance(generated, Tensor)  # as return_dict_in_generate says
+    assert generated.logits is not None
     return Continuation(generated.sequences[:, input_ids.shape[1] :], torch.stack(generated.logits, dim=1))

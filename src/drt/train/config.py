@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from drt.data.needle_mix import NeedleMixConfig
 from drt.errors import DRTError
 
 T = TypeVar("T")
@@ -33,25 +34,18 @@ class DataConfig:
     Args:
         haystack: text files or folders (relative to the working directory) that training rows are cut from.
         validation_haystack: the same for validation; no text of `haystack` may be in it.
-        question_share: share of the chunk ends that carry a question.
-        text_positions: random positions of ordinary text in one batch that take part in the loss.
-        max_hops: longest chain of needles; 2 asks from A for B, C where A points to B and B to C.
+        weights: how often a row comes from each entry of `haystack`, in proportion; null: by their tokens.
+        mix: fields of `NeedleMixConfig` but those that follow from the stage.
     """
 
     haystack: list[str]
     validation_haystack: list[str]
-    question_share: float = 0.7
-    text_positions: int = 128
-    max_hops: int = 2
+    weights: list[float] | None = None
+    mix: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(bool(self.haystack), "haystack: wanted at least one file, got none")
         _require(bool(self.validation_haystack), "validation_haystack: wanted at least one file, got none")
-        _require(
-            0 < self.question_share <= 1, f"question_share: wanted 0 < share <= 1, got {self.question_share}"
-        )
-        _require(self.text_positions >= 1, f"text_positions: wanted at least 1, got {self.text_positions}")
-        _require(self.max_hops >= 1, f"max_hops: wanted at least 1, got {self.max_hops}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +53,13 @@ class StageConfig:
     """One stage of the curriculum: rows of one length.
 
     Args:
-        chunks: full chunks a row is long; rows in a batch = tokens_per_step // (chunks x chunk_size).
-        chain_share: share of the questions that ask for a chain of needles.
+        chunks: full chunks of tokens in a row; rows in a batch = tokens_per_step // (chunks x chunk_size).
+        chain_share: share of the hidden things that are chains, not facts.
         gumbel_noise: add Gumbel noise to the selection of chunks.
         threshold: the next stage starts when this share of the answer tokens was right over a logging
             interval.
         max_steps: the next stage starts after so many steps at the latest; null: only by the threshold.
+        mix: entries of the data section's `mix` that are different in this stage.
     """
 
     chunks: int
@@ -72,6 +67,7 @@ class StageConfig:
     gumbel_noise: bool = False
     threshold: float = 0.9
     max_steps: int | None = None
+    mix: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(self.chunks >= 2, f"chunks: wanted at least 2, got {self.chunks}")
@@ -147,7 +143,7 @@ class TrainConfig:
 
     Args:
         output_dir: folder of the run: checkpoints, logs and, at the end, `final`.
-        model: fields of `DRTConfig`.
+        model: fields of `DRTConfig`; chunk_size must be among them, for rows are counted in chunks.
         data: text and needles.
         curriculum: stages, in order.
         optimizer: optimizer and learning-rate schedule.
@@ -182,6 +178,8 @@ class TrainConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
+        size = self.model.get("chunk_size")
+        _require(type(size) is int and size >= 1, f"model.chunk_size: wanted a whole number >= 1, got {size}")
         _require(bool(self.curriculum), "curriculum: wanted at least one stage, got none")
         _require(self.text_weight >= 0, f"text_weight: wanted at least 0, got {self.text_weight}")
         for name in ("tokens_per_step", "max_steps", "log_every", "save_every"):
@@ -195,7 +193,7 @@ class TrainConfig:
         _require(self.dtype in known, f"dtype: wanted float32 or bfloat16, got {self.dtype!r}")
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """SafeLoader that reads `2e-3` as a number, as YAML 1.2 does (YAML 1.1 wants `2.0e-3`)."""
 
 
@@ -228,7 +226,27 @@ def load_config(path: Path | str, overrides: typing.Sequence[str] = ()) -> Train
     for override in overrides:
         _override(values, override)
     source = f"{path} with --set" if overrides else str(path)
-    return _parse(TrainConfig, values, "", source)
+    config = _parse(TrainConfig, values, "", source)
+    for number, stage in enumerate(config.curriculum):
+        _parse(NeedleMixConfig, _mix_fields(config, stage), f"curriculum.{number}.mix", source)
+    return config
+
+
+def mix_config(config: TrainConfig, stage: StageConfig) -> NeedleMixConfig:
+    """What the batches of a stage are made of."""
+    return NeedleMixConfig(**_mix_fields(config, stage))
+
+
+def _mix_fields(config: TrainConfig, stage: StageConfig) -> dict[str, Any]:
+    row_length = stage.chunks * config.model["chunk_size"]
+    return {
+        **config.data.mix,
+        **stage.mix,
+        "rows": config.tokens_per_step // row_length,
+        "row_length": row_length,
+        "chunk_size": config.model["chunk_size"],
+        "chain_share": stage.chain_share,
+    }
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:

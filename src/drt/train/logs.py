@@ -108,7 +108,9 @@ class Display(TrainerCallback):
         if logs is None or not is_metrics(logs):
             return
         if "loss" not in logs:
-            shown = ", ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in logs.items())
+            shown = ", ".join(
+                f"{name.removeprefix('eval_')} {value:.3f}" for name, value in logs.items() if name != "epoch"
+            )
             self.console.print(f"step {state.global_step}: validation {shown}", highlight=False)
             return
         text = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import tempfile
@@ -9,13 +10,14 @@ from pathlib import Path
 
 import torch
 import yaml
-from drt.train.batches import BatchMaker
-from drt.train.validation import NeedleValidation
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from transformers import ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.utils import logging
 
 from drt.errors import DRTError, Interrupted
 from drt.models.drt import DRTConfig, DRTForCausalLM
+from drt.train.batches import BatchMaker
 from drt.train.checkpoints import checkpoint_folder, find_checkpoints
 from drt.train.config import TrainConfig, config_to_dict
 from drt.train.curriculum import RunningTotals
@@ -23,6 +25,7 @@ from drt.train.interrupt import Interrupt
 from drt.train.logs import METRICS_FILE, Display, MetricsFile
 from drt.train.record import RECORD_FILE, training_record
 from drt.train.trainer import NeedleTrainer
+from drt.train.validation import NeedleValidation
 
 CONFIG_FILE = "config.yaml"
 FINAL_FOLDER = "final"
@@ -60,6 +63,7 @@ def run_training(config: TrainConfig, command: list[str], console: Console | Non
     if config.threads:
         torch.set_num_threads(config.threads)
 
+    logging.disable_progress_bar()  # its bars for saving and loading weights would cut into ours
     interrupt = Interrupt()
     tokenizer = ByT5Tokenizer(extra_ids=0)
     model = build_model(config)
@@ -138,16 +142,14 @@ def build_model(config: TrainConfig) -> PreTrainedModel:
     Raises:
         DRTError: unknown or unfitting fields in the model section.
     """
-    known = set(DRTConfig().to_dict())
+    known = inspect.get_annotations(DRTConfig)  # its own fields, not the library's hundred others
     for key in config.model:
         if key not in known:
-            raise DRTError(
-                f"unknown key model.{key}; wanted a field of DRTConfig: {', '.join(sorted(known))}"
-            )
+            raise DRTError(f"unknown key model.{key}; wanted a field of DRTConfig: {', '.join(known)}")
     try:
         model_config = DRTConfig(**config.model)
-    except (ValueError, TypeError) as error:
-        raise DRTError(f"model: {error}") from error
+    except (StrictDataclassError, ValueError) as error:
+        raise DRTError(f"model: {error.__cause__ or error}") from error
     set_seed(config.seed)
     return DRTForCausalLM(model_config)
 
@@ -169,7 +171,7 @@ def tensorboard_callback(output_dir: Path, resume: Path | None) -> TrainerCallba
 
     step = None if resume is None else int(resume.name.rpartition("-")[2]) + 1
     writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=step)
-    return TensorBoardCallback(writer)  # type: ignore[no-untyped-call]
+    return TensorBoardCallback(writer)
 
 
 def export(

@@ -151,7 +151,7 @@ class NeedleTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validation by generating answers; its `score` selects the checkpoint."""
         assert self.validate is not None
-        self.causal_lm.eval()  # type: ignore[no-untyped-call]
+        self.causal_lm.eval()
         metrics = {f"eval_{name}": value for name, value in self.validate(self.causal_lm).items()}
         self.causal_lm.train()
         self.log(metrics)

@@ -1,0 +1,70 @@
+"""A run small enough to train in a test: real text, a two-group model, three short stages."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from drt.train.config import DataConfig, OptimizerConfig, StageConfig, TrainConfig, ValidationConfig
+
+TINY_MODEL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_lower_layers": 1,
+    "num_upper_layers": 2,
+    "num_groups": 2,
+    "num_encoder_layers": 1,
+    "chunk_size": 15,
+    "retrieval_top_k": 2,
+    "sliding_window": 16,
+}
+
+
+def _write_text(path: Path, seed: int) -> str:
+    """Words in no order: text enough to hide needles in."""
+    words = ["chunk", "window", "reads", "the", "a", "memory", "of", "long", "texts", "and", "forgets"]
+    drawn = np.random.default_rng(seed).choice(words, size=4000)
+    path.write_text(" ".join(drawn) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Callable[..., TrainConfig]:
+    """A tiny run in `tmp_path / name`; keywords replace fields.
+
+    The stages change after steps 3 and 6 by their step limits: nothing is learned in so few steps. The Gumbel noise
+    of the last stage draws from PyTorch's own generator, so that a resumed run must restore its state too.
+    """
+    base = TrainConfig(
+        output_dir=str(tmp_path / "run"),
+        model=TINY_MODEL,
+        data=DataConfig(
+            haystack=[_write_text(tmp_path / "train.txt", 0)],
+            validation_haystack=[_write_text(tmp_path / "validation.txt", 1)],
+        ),
+        curriculum=[
+            StageConfig(chunks=5, threshold=1.0, max_steps=3),
+            StageConfig(chunks=6, threshold=1.0, max_steps=3, chain_share=0.5),
+            StageConfig(chunks=8, gumbel_noise=True),
+        ],
+        optimizer=OptimizerConfig(warmup_steps=2),
+        validation=ValidationConfig(lengths=[256], samples=2, segment_size=100),
+        tokens_per_step=240,
+        max_steps=12,
+        log_every=3,
+        save_every=2,
+        eval_every=4,
+        threads=0,
+        device="cpu",
+    )
+
+    def make(name: str = "run", **changes: Any) -> TrainConfig:
+        return dataclasses.replace(base, output_dir=str(tmp_path / name), **changes)
+
+    return make

@@ -1,0 +1,267 @@
+"""Whole runs: stopped and resumed, interrupted, killed in a save, and refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import drt.train.trainer
+from drt.errors import DRTError, Interrupted
+from drt.train.checkpoints import find_checkpoints
+from drt.train.config import OptimizerConfig, TrainConfig, config_to_dict, load_config
+from drt.train.logs import read_metrics
+from drt.train.run import run_training
+from drt.train.trainer import NeedleTrainer
+
+MakeConfig = Callable[..., TrainConfig]
+
+
+class Killed(Exception):
+    """Stands for SIGKILL: nothing of drt's catches it, so nothing is tidied up."""
+
+
+class Run:
+    """Runs a configuration, collecting the loss of every step; `before_step[n]` is called before step n."""
+
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+        self.stages: dict[int, int] = {}
+        self.before_step: dict[int, Callable[[], None]] = {}
+        self.output = io.StringIO()
+
+    def __call__(self, config: TrainConfig) -> Path:
+        return run_training(config, ["drt", "train", "run.yaml"], Console(file=self.output, width=200))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    run = Run()
+    compute_loss = NeedleTrainer.compute_loss
+
+    def record(self: NeedleTrainer, model, inputs, *args, **kwargs):
+        step = self.state.global_step
+        run.before_step.get(step, lambda: None)()
+        loss = compute_loss(self, model, inputs, *args, **kwargs)
+        run.losses[step] = loss.item()
+        run.stages[step] = inputs["input_ids"].shape[1] // 15
+        return loss
+
+    monkeypatch.setattr(NeedleTrainer, "compute_loss", record)
+    return run
+
+
+def _kill() -> None:
+    raise Killed
+
+
+def test_a_run_from_start_to_export(run: Run, make_config: MakeConfig) -> None:
+    config = make_config()
+    torch_threads = torch.get_num_threads()
+    final = run(config)
+    assert sorted(run.losses) == list(range(12))
+    assert [run.stages[step] for step in range(12)] == [5] * 3 + [6] * 3 + [8] * 6
+    assert torch.get_num_threads() == torch_threads
+
+    metrics = read_metrics(Path(config.output_dir) / "metrics.jsonl")
+    trained = [line for line in metrics if "loss" in line]
+    validated = [line for line in metrics if "eval_score" in line]
+    assert [line["step"] for line in trained] == [3, 6, 9, 12]
+    assert [line["step"] for line in validated] == [4, 8, 12]
+    for index, line in enumerate(trained):
+        expected = sum(run.losses[step] for step in range(3 * index, 3 * index + 3)) / 3
+        assert line["loss"] == pytest.approx(expected)
+        names = ["stage", "answer_loss", "answer_accuracy", "exact_match", "text_loss", "learning_rate"]
+        assert {*names, "tokens_per_second", "grad_norm", "seconds"} <= set(line)
+    assert "chain_exact_match" in trained[1]
+    assert trained[-1]["learning_rate"] == pytest.approx(config.optimizer.min_lr, rel=1e-12)
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
+    assert model.config.hidden_size == 32
+    assert model.config.gumbel_noise is False
+    assert tokenizer("ab").input_ids[:2] == [100, 101]
+    assert read_metrics(final / "metrics.jsonl") == metrics
+    record = json.loads((final / "training.json").read_text())
+    assert record["command"] == "drt train run.yaml"
+    assert record["steps"] == 12
+    assert record["exported_step"] in (4, 8, 12)
+    assert record["config"] == config_to_dict(config)
+    assert {"drt-lm", "torch", "transformers", "python"} <= set(record["versions"])
+    assert list((Path(config.output_dir) / "tensorboard").iterdir())
+
+    run.losses.clear()
+    assert run(config) == final  # a finished run is left as it is
+    assert run.losses == {}
+
+
+@pytest.mark.parametrize("killed_at", [1, 3, 5, 6, 7, 10])
+def test_a_killed_run_resumes_bit_for_bit(run: Run, make_config: MakeConfig, killed_at: int) -> None:
+    run(make_config("whole"))
+    expected = dict(run.losses)
+    run.losses.clear()
+    run.before_step[killed_at] = _kill
+    with pytest.raises(Killed):
+        run(make_config("killed"))
+    run.before_step.clear()
+    run.losses.clear()
+    run(make_config("killed"))
+
+    resumed_from = killed_at // 2 * 2  # save_every is 2
+    assert sorted(run.losses) == list(range(resumed_from, 12))
+    assert run.losses == {step: expected[step] for step in run.losses}
+    folders = [Path(make_config(name).output_dir) for name in ("whole", "killed")]
+    whole, killed = (
+        [_comparable(line) for line in read_metrics(folder / "metrics.jsonl")] for folder in folders
+    )
+    assert whole == killed
+
+
+def _comparable(line: dict) -> dict:
+    return {name: value for name, value in line.items() if name not in ("seconds", "tokens_per_second")}
+
+
+def test_another_seed_is_another_run(run: Run, make_config: MakeConfig) -> None:
+    run(make_config("a", max_steps=2))
+    first = dict(run.losses)
+    run(make_config("b", max_steps=2, seed=1))
+    assert all(run.losses[step] != first[step] for step in first)
+
+
+def test_ctrl_c_saves_and_resumes(run: Run, make_config: MakeConfig) -> None:
+    run(make_config("whole"))
+    expected = dict(run.losses)
+    run.losses.clear()
+    run.before_step[6] = lambda: os.kill(os.getpid(), signal.SIGINT)
+    previous = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match=r"stopped after step 7 .* run the same command again"):
+        run(make_config("stopped"))
+    assert signal.getsignal(signal.SIGINT) is previous
+    assert max(run.losses) == 6  # the step at hand was finished, no other begun
+    run.before_step.clear()
+    run(make_config("stopped"))
+    assert run.losses == expected
+
+
+def test_ctrl_c_in_validation_saves(
+    run: Run, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = NeedleTrainer.evaluate
+
+    def interrupted(self: NeedleTrainer, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(self, *args, **kwargs)
+
+    config = make_config(save_every=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(NeedleTrainer, "evaluate", interrupted)
+        with pytest.raises(Interrupted, match="stopped after step 4 "):
+            run(config)
+    assert [folder.name for folder in find_checkpoints(Path(config.output_dir))[0]] == ["checkpoint-4"]
+
+
+def test_a_kill_during_a_save_loses_one_interval(
+    run: Run, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    output_dir = Path(config.output_dir)
+    mark_complete = drt.train.trainer.mark_complete
+
+    def killed_at_six(folder: Path) -> None:
+        if folder.name == "checkpoint-6":
+            (folder / "optimizer.pt").unlink()
+            raise Killed
+        mark_complete(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drt.train.trainer, "mark_complete", killed_at_six)
+        with pytest.raises(Killed):
+            run(config)
+    assert [folder.name for folder in find_checkpoints(output_dir)[0]] == ["checkpoint-4"]
+    run.losses.clear()
+    run(config)
+    assert "checkpoint-6 is incomplete (a save was cut short): skipped" in run.output.getvalue()
+    assert "going on from" in run.output.getvalue()
+    assert min(run.losses) == 4
+
+
+def test_only_the_best_and_the_last_checkpoint_stay(
+    run: Run, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.5, 0.25, 0.25])
+    monkeypatch.setattr("drt.train.run.NeedleValidation", lambda *_: lambda model: {"score": next(scores)})
+    config = make_config()
+    final = run(config)
+    whole, _ = find_checkpoints(Path(config.output_dir))
+    assert [folder.name for folder in whole] == ["checkpoint-4", "checkpoint-12"]
+    assert json.loads((final / "training.json").read_text())["exported_step"] == 4
+    exported = (final / "model.safetensors").read_bytes()
+    assert exported == (whole[0] / "model.safetensors").read_bytes()
+    assert exported != (whole[1] / "model.safetensors").read_bytes()
+
+
+def test_without_validation_the_last_step_is_exported(run: Run, make_config: MakeConfig) -> None:
+    final = run(make_config(eval_every=0, max_steps=3))
+    assert json.loads((final / "training.json").read_text())["exported_step"] == 3
+
+
+def test_the_window_alone_can_be_trained(run: Run, make_config: MakeConfig) -> None:
+    config = make_config(max_steps=2)
+    run(make_config(max_steps=2, model={**config.model, "retrieval": False}))
+    assert len(run.losses) == 2
+
+
+def test_another_configurations_folder_is_refused(run: Run, make_config: MakeConfig) -> None:
+    run(make_config(max_steps=1, eval_every=0))
+    with pytest.raises(DRTError, match=r"another configuration \(seed: 0 there, 1 here\)"):
+        run(make_config(max_steps=1, eval_every=0, seed=1))
+
+
+def test_an_unwritable_output_folder_is_refused(run: Run, make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DRTError, match="wanted a folder that can be written"):
+        run(make_config("file/run"))
+
+
+def test_missing_haystack_is_named(run: Run, make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config()
+    config.data.haystack[0] = str(tmp_path / "nothing.txt")
+    with pytest.raises(DRTError, match=r"nothing\.txt.*drt data"):
+        run(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hiden_size", 3, r"unknown key model\.hiden_size"),
+        ("retrieval_top_k", 0, "retrieval_top_k must be at least 1, got 0"),
+    ],
+)
+def test_bad_model_fields_are_refused(
+    run: Run, make_config: MakeConfig, field: str, value, message: str
+) -> None:
+    config = make_config()
+    with pytest.raises(DRTError, match=message):
+        run(make_config(model={**config.model, field: value}))
+
+
+def test_a_broken_loss_stops_the_run(run: Run, make_config: MakeConfig) -> None:
+    config = make_config(optimizer=OptimizerConfig(lr=1e30, min_lr=0.0, warmup_steps=0, clip=1e30))
+    with pytest.raises(DRTError, match=r"the loss became (nan|inf) before step"):
+        run(config)
+
+
+def test_config_file_of_a_run_trains_the_same(run: Run, make_config: MakeConfig) -> None:
+    config = make_config(max_steps=1, eval_every=0)
+    run(config)
+    stored = Path(config.output_dir) / "config.yaml"
+    assert load_config(stored) == config
+    assert yaml.safe_load(stored.read_text())["model"] == config.model
