@@ -64,7 +64,7 @@ def read_and_generate(
         cache = output.past_key_values
         if on_segment is not None:
             on_segment(segment.shape[1])
-    generated = model.generate(
+    generated = model.generate(  # type: ignore[misc]
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         past_key_values=cache,

@@ -1,0 +1,121 @@
+"""The `drt` command and what its subcommands share: registration, errors, Ctrl-C.
+
+A subcommand is a module of this package that defines a function (or, for a command with subcommands of its own, a
+`typer.Typer` with a callback) of the module's name, and a line in `COMMANDS`. The module is imported when its command
+is asked for, so `drt --help` stays fast; it imports torch and other slow things inside its function for the same
+reason.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
+
+import drt
+from drt.errors import DRTError
+
+COMMANDS = {
+    "generate": "Continue a text of any length.",
+    "convert": "Convert a checkpoint of the paper's authors.",
+    "train": "Train a model from one YAML file.",
+}
+
+MISTAKE = 2  # exit code for what the user can put right; also what typer uses for a wrong option
+INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
+
+
+class Commands(TyperGroup):
+    """The group of subcommands: summaries for `drt --help`, the module itself once a command is asked for."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands.update({name: TyperCommand(name, help=summary) for name, summary in COMMANDS.items()})
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The order of `COMMANDS`."""
+        return list(self.commands)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Replace the summary by the command."""
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, None if name is None else load_command(name), rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a subcommand; what the user can put right becomes one line on stderr."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            typer.echo(f"\n{str(interrupt) or 'interrupted'}", err=True)
+            raise typer.Exit(INTERRUPTED) from interrupt
+        except DRTError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(MISTAKE) from error
+        except BrokenPipeError:
+            raise  # whoever read the output has left (`| head`): typer ends quietly
+        except OSError as error:
+            typer.echo(f"error: {_describe(error)}", err=True)
+            raise typer.Exit(MISTAKE) from error
+
+
+def load_command(name: str) -> Any:
+    """The click command of a subcommand, with its options.
+
+    Args:
+        name: a key of `COMMANDS`.
+    """
+    target = getattr(import_module(f"drt.cli.{name}"), name)
+    if not isinstance(target, typer.Typer):
+        function, target = target, typer.Typer(add_completion=False, rich_markup_mode="markdown")
+        target.command(name)(function)
+    command = get_command(target)
+    command.name = name
+    return command
+
+
+def _describe(error: OSError) -> str:
+    """`path: reason` where Python gives both, else its own words."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}"
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"drt {drt.__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """Language models that read millions of tokens with a constant attention window."""
+
+
+def main() -> None:
+    """Entry point of the `drt` script."""
+    try:
+        try:
+            app(prog_name="drt")
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more as it exits, and would complain about the pipe that is gone.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""`drt generate`: continue a text of any length."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from drt.errors import DRTError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import Cache, PreTrainedModel
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The text to continue.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Read the text from a UTF-8 file of any length instead; - is stdin."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the model. Default: the one that ships with drt."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 100,
+    greedy: Annotated[
+        bool,
+        typer.Option("--greedy/--sample", help="Take the likeliest token each time, or draw one at random."),
+    ] = True,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="With --sample: above 1 is more random, below 1 less; above 0. Default: 1."),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="With --sample: draw from the likeliest tokens of this total probability. Default: 1."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="With --sample: the same seed draws the same text. Default: 0.")
+    ] = None,
+    segment_size: Annotated[
+        str, typer.Option(metavar="N", help="Tokens read in one pass; more of them take more memory.")
+    ] = "16K",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")
+    ] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16. Default: what the checkpoint holds.")
+    ] = None,
+) -> None:
+    """Continue a text. It may be millions of tokens long: it is read in segments, with a bar on stderr.
+
+    What is generated goes to stdout, word by word as it comes; the text itself is not repeated.
+
+    Examples:
+
+        drt generate "Once upon a time"
+
+        drt generate --file book.txt --max-new-tokens 200
+
+        cat *.py | drt generate --file - --sample --temperature 0.8 --top-p 0.9 --seed 1
+    """
+    sampling = sampling_options(greedy, temperature, top_p, seed)
+    text = read_prompt(prompt, file)
+
+    # Torch and transformers take seconds to import: not before `--help` and mistyped options are dealt with.
+    import torch
+    from transformers import TextStreamer, set_seed
+
+    from drt.cli.shared import choose_device, choose_dtype
+    from drt.data.needles import parse_length
+    from drt.data.tokens import TextCodec
+    from drt.models.loading import load_model, shipped_checkpoint
+
+    tokens_a_pass = parse_length(segment_size)
+    target = choose_device(device)
+    model, tokenizer = load_model(
+        shipped_checkpoint() if checkpoint is None else checkpoint, choose_dtype(dtype)
+    )
+    model.to(target)
+    ids = torch.from_numpy(TextCodec(tokenizer).encode(text)).long().to(target)[None]
+    cache = read_segments(model, ids, tokens_a_pass)
+    if not greedy:
+        set_seed(seed or 0)
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **sampling,
+    )
+
+
+def sampling_options(
+    greedy: bool, temperature: float | None, top_p: float | None, seed: int | None
+) -> dict[str, Any]:
+    """What `model.generate` wants for the command's options.
+
+    Raises:
+        DRTError: an option of --sample without it, or a value outside its range.
+    """
+    if greedy:
+        given = {"--temperature": temperature, "--top-p": top_p, "--seed": seed}
+        useless = [name for name, value in given.items() if value is not None]
+        if useless:
+            raise DRTError(f"{', '.join(useless)}: only with --sample; greedy generation draws nothing")
+        return {"do_sample": False}
+    temperature = 1.0 if temperature is None else temperature
+    top_p = 1.0 if top_p is None else top_p
+    if not temperature > 0:
+        raise DRTError(
+            f"--temperature: wanted a number above 0, got {temperature}; --greedy is its limit at 0"
+        )
+    if not 0 < top_p <= 1:
+        raise DRTError(f"--top-p: wanted a probability in (0, 1], got {top_p}")
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> bytes:
+    """The text to continue, as UTF-8.
+
+    Raises:
+        DRTError: neither or both are given, the text is empty, or it is not UTF-8.
+        OSError: the file cannot be read.
+    """
+    if (prompt is None) == (file is None):
+        raise DRTError("wanted either a PROMPT or --file FILE; see drt generate --help")
+    if file is None:
+        text = str(prompt).encode("utf-8", errors="surrogateescape")
+    else:
+        text = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    if not text:
+        raise DRTError("the prompt is empty; wanted at least one character")
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DRTError(
+            f"{file or 'the prompt'} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
+    return text
+
+
+def read_segments(model: PreTrainedModel, ids: Tensor, segment_size: int) -> Cache | None:
+    """Read all but the last token of a prompt, with a bar on stderr; `generate` reads the last one itself.
+
+    Args:
+        model: in eval mode.
+        ids: (1, L) int64, on the model's device.
+        segment_size: tokens in one forward pass.
+
+    Returns:
+        What the model remembers; None for a prompt of one token.
+    """
+    import torch
+
+    from drt.cli.shared import reading_progress
+
+    cache = None
+    with torch.no_grad(), reading_progress() as progress:
+        task = progress.add_task("", total=ids.shape[1])
+        for segment in ids[:, :-1].split(segment_size, dim=1):
+            if segment.shape[1] > 0:  # a prompt of one token leaves nothing to read ahead
+                cache = model(
+                    segment, past_key_values=cache, use_cache=True, logits_to_keep=1
+                ).past_key_values
+            progress.advance(task, segment.shape[1])
+        progress.advance(task, 1)
+    return cache

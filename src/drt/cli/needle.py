@@ -1,0 +1,325 @@
+"""`drt needle`: hide needles in a long text and see whether a model finds them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from drt.errors import DRTError, Interrupted
+
+if TYPE_CHECKING:
+    import torch
+
+    from drt.eval.needle import NeedlePlan, SampleKey
+    from drt.eval.results import EvaluationRecord
+
+FIGURES = (".png", ".pdf", ".svg")
+
+
+def needle(
+    length: Annotated[
+        str,
+        typer.Option(
+            metavar="N,N,...", help="Tokens of the texts to read: 64K, or a list such as 4K,64K,1M."
+        ),
+    ] = "64K",
+    task: Annotated[
+        str,
+        typer.Option(
+            metavar="TASK,...", help="What is asked: single, multikey, multihop, or a list of them."
+        ),
+    ] = "single",
+    samples: Annotated[int, typer.Option(min=1, help="Texts to read for each task and length.")] = 20,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the needles and where they are; a seed repeats a run.")
+    ] = 7,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the model. Default: the one that ships with drt."),
+    ] = None,
+    haystack: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="Text to hide needles in; may be repeated. Default: the sample that ships."
+        ),
+    ] = None,
+    needles: Annotated[
+        int, typer.Option(min=1, help="multikey: needles in a text, of which one is asked.")
+    ] = 6,
+    hops: Annotated[
+        int, typer.Option(min=1, help="multihop: links of a chain from the question to its end.")
+    ] = 2,
+    chains: Annotated[
+        int, typer.Option(min=1, help="multihop: chains in a text, of which one is asked.")
+    ] = 2,
+    json: Annotated[
+        Path, typer.Option(metavar="FILE", help="Where the records go, JSON lines; what it held is replaced.")
+    ] = Path("needle.jsonl"),
+    plot: Annotated[
+        Path, typer.Option(metavar="FILE", help="Where the length x depth picture goes: .png, .pdf or .svg.")
+    ] = Path("needle.png"),
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Keep the records that the --json file holds and do only the rest."),
+    ] = False,
+    segment_size: Annotated[
+        str, typer.Option(metavar="N", help="Tokens read in one pass; more of them take more memory.")
+    ] = "16K",
+    batch_size: Annotated[
+        int,
+        typer.Option(min=0, help="Texts read together; 0: as many as fit one pass. Answers are the same."),
+    ] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as there are cores.")] = 0,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")
+    ] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16. Default: what the checkpoint holds.")
+    ] = None,
+) -> None:
+    """Hide needles in real text, let a model read it and answer, and show how many it found.
+
+    A needle is a short sentence with a random name and value. `single` hides one and asks for its value; `multikey`
+    hides several; `multihop` hides chains, where a value is the name of the next needle, and asks where one leads.
+    An answer counts when every token of it is right. K is 1024 tokens, M is 1024 x 1024.
+
+    The records (a line a text) and the picture are written as well as the table. Ctrl-C keeps the records of what was
+    read; `--resume` goes on from there. The exit code is 0 whatever the accuracy.
+
+    Examples:
+
+        drt needle --length 1M --samples 3
+
+        drt needle --length 4K,16K,64K --task single,multikey,multihop --samples 100 --json out.jsonl --plot out.png
+
+        drt needle --checkpoint runs/my-model/final --haystack book.txt --haystack another.txt --length 256K
+    """
+    # Torch and transformers take seconds to import: not before `--help` and mistyped options are dealt with.
+    import torch
+
+    from drt.data.needles import load_haystack, parse_length
+    from drt.eval.needle import NeedlePlan, evaluate_needles, finished_keys
+    from drt.eval.results import read_records
+    from drt.models.loading import load_model, shipped_checkpoint
+    from drt.plotting.needle import plot_needles
+
+    plan = NeedlePlan(
+        tasks=tuple(task.split(",")),
+        lengths=tuple(parse_length(part) for part in length.split(",")),
+        samples=samples,
+        seed=seed,
+        needles=needles,
+        hops=hops,
+        chains=chains,
+    )
+    tokens_a_pass = parse_length(segment_size)
+    check_outputs(json, plot)
+    if threads:
+        torch.set_num_threads(threads)
+    folder = shipped_checkpoint() if checkpoint is None else checkpoint
+    model, tokenizer = load_model(folder, choose_dtype(dtype))
+    model.to(choose_device(device))
+    text = load_haystack(haystack)
+
+    name = folder.name if checkpoint is None else str(folder)
+    records = read_records(json) if resume and json.exists() else []
+    dtype_name = str(model.dtype).removeprefix("torch.")
+    done = finished_keys(records, plan, checkpoint=name, dtype=dtype_name, haystack=list(text.names))
+    with Watch(plan, done) as watch:
+        answers = evaluate_needles(
+            model,
+            tokenizer,
+            text,
+            plan,
+            checkpoint=name,
+            segment_size=tokens_a_pass,
+            batch_size=batch_size or None,
+            done=done,
+            on_progress=watch.read,
+        )
+        records += write_all(answers, json, resume, watch)
+    plot_needles(records).savefig(plot, dpi=150)
+    console = Console()
+    console.print(results_table(records))
+    console.print(f"records: {json}, picture: {plot}", highlight=False)
+
+
+def check_outputs(records: Path, picture: Path) -> None:
+    """Make sure that both files can be written before hours go into what they shall hold; makes their folders.
+
+    Raises:
+        DRTError: a folder in the way, no permission, a picture of an unknown kind.
+    """
+    if picture.suffix not in FIGURES:
+        raise DRTError(f"--plot {picture}: wanted a file name that ends in {', '.join(FIGURES)}")
+    for option, path in (("--json", records), ("--plot", picture)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                path.open("ab").close()
+            else:
+                tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            raise DRTError(f"{option} {path}: cannot be written: {error.strerror}") from error
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU if there is one.
+
+    Raises:
+        DRTError: no such device here.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DRTError(f"--device: wanted auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DRTError(f"--device: got {name}, but PyTorch sees {torch.cuda.device_count()} GPUs here")
+    return device
+
+
+def choose_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of that name, None for None.
+
+    Raises:
+        DRTError: neither float32 nor bfloat16.
+    """
+    import torch
+
+    dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in dtypes:
+        raise DRTError(f"--dtype: wanted float32 or bfloat16, got {name!r}")
+    return dtypes[name]
+
+
+class Watch:
+    """Shows on stderr how far an evaluation is: a bar on a terminal, and a line for each finished task and length.
+
+    Args:
+        plan: what is asked.
+        done: what was answered earlier.
+    """
+
+    def __init__(self, plan: NeedlePlan, done: Collection[SampleKey]) -> None:
+        self.waiting = [key for key in plan.sample_keys() if key not in done]
+        self.answered = self.found = 0
+        self._group: list[EvaluationRecord] = []
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("reading"),
+            BarColumn(),
+            _Tokens(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=sum(length for _, length, _ in self.waiting))
+
+    def __enter__(self) -> Watch:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def read(self, tokens: int) -> None:
+        """So many more tokens have been read."""
+        self._progress.advance(self._task, tokens)
+
+    def answer(self, record: EvaluationRecord) -> None:
+        """One more sample has been answered."""
+        from drt.eval.results import format_length
+
+        self.answered += 1
+        self.found += record.correct
+        self._group.append(record)
+        self._progress.update(self._task, description=f"found {self.found} of {self.answered}")
+        following = self.waiting[self.answered : self.answered + 1]
+        if not following or following[0][:2] != (record.task, record.length):
+            found = sum(member.correct for member in self._group)
+            line = f"{record.task}, {format_length(record.length)}: found {found} of {len(self._group)}"
+            self._progress.console.print(line, highlight=False)
+            self._group = []
+
+
+class _Tokens(ProgressColumn):
+    """Tokens read, of how many, and how fast."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        shown = f"{task.completed:,.0f} of {task.total or 0:,.0f} tokens"
+        return Text(shown if speed is None else f"{shown}, {speed:,.0f} tokens/s")
+
+
+def write_all(
+    answers: Iterator[EvaluationRecord], path: Path, append: bool, watch: Watch
+) -> list[EvaluationRecord]:
+    """Write each record as it comes; returns them all.
+
+    Raises:
+        Interrupted: Ctrl-C; the file holds what was answered until then.
+    """
+    from drt.eval.results import RecordWriter
+
+    records = []
+    with RecordWriter(path, append) as writer:
+        try:
+            for record in answers:
+                writer.write(record)
+                records.append(record)
+                watch.answer(record)
+        except KeyboardInterrupt as interrupt:
+            raise Interrupted(
+                f"stopped after {watch.answered} of {len(watch.waiting)} texts; their records are in {path}. "
+                f"The same command with --resume goes on from there."
+            ) from interrupt
+    return records
+
+
+def results_table(records: list[EvaluationRecord]) -> Table:
+    """One row for each task and length."""
+    from drt.eval.results import format_length, summarise
+
+    table = Table(title=f"Needles found by {records[0].checkpoint}")
+    table.add_column("task")
+    for name in (
+        "length",
+        "found",
+        "accuracy",
+        "seconds a text",
+        "tokens/s",
+        "ms a generated token",
+        "peak memory",
+    ):
+        table.add_column(name, justify="right")
+    for row in summarise(records):
+        memory = f"{row.peak_rss_bytes / 1e6:,.0f} MB"
+        if row.peak_device_bytes is not None:
+            memory += f", GPU {row.peak_device_bytes / 1e6:,.0f} MB"
+        table.add_row(
+            row.task,
+            format_length(row.length),
+            f"{row.correct} of {row.samples}",
+            f"{row.correct / row.samples:.1%}",
+            f"{row.prefill_seconds:,.1f}",
+            f"{row.tokens_per_second:,.0f}",
+            f"{1e3 * row.decode_seconds_per_token:.1f}",
+            memory,
+        )
+    return table

@@ -1,0 +1,1 @@
+"""Evaluations: each one yields records of one schema (`drt.eval.results`)."""

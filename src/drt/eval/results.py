@@ -1,0 +1,216 @@
+"""The one record that every evaluation yields, and its file: JSON lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from drt.errors import DRTError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord:
+    """One sample: what was asked, what came back, and what it cost.
+
+    Attributes:
+        task: what was asked, such as `single`, `multikey` or `multihop`.
+        length: tokens of the prompt, the question included.
+        depth: where in the text the answer lies, 0 (start) to 1 (end).
+        index: number of the sample among those of its task and length, from 0.
+        seed: of the whole evaluation.
+        expected: the right answer, decoded.
+        generated: as many tokens as the answer has, generated without help, decoded.
+        correct: whether every token of the answer is right.
+        tokens_per_second: reading speed; in a batch the tokens of all its rows count.
+        prefill_seconds: time to read this sample; for a sample of a batch its share, the batch's time / its rows.
+        decode_seconds_per_token: time of one step of generation, which gives every row of a batch one token.
+        peak_rss_bytes: largest resident memory of the process since it began.
+        peak_device_bytes: largest memory in use on the GPU while this sample was answered; None on a CPU.
+        batch_size: samples that were read together.
+        checkpoint: name or folder of the model.
+        device: such as `cpu` or `cuda:0`.
+        dtype: of the model's weights, such as `float32`.
+        haystack: names of the texts that the sample was cut from.
+        settings: what else defines the task, such as `{"needles": 6}`.
+    """
+
+    task: str
+    length: int
+    depth: float
+    index: int
+    seed: int
+    expected: str
+    generated: str
+    correct: bool
+    tokens_per_second: float
+    prefill_seconds: float
+    decode_seconds_per_token: float
+    peak_rss_bytes: int
+    peak_device_bytes: int | None
+    batch_size: int
+    checkpoint: str
+    device: str
+    dtype: str
+    haystack: list[str]
+    settings: dict[str, int]
+
+
+_FIELDS = {field.name: str(field.type) for field in dataclasses.fields(EvaluationRecord)}
+
+
+def to_line(record: EvaluationRecord) -> str:
+    """The record as one line of JSON, without the line's end."""
+    return json.dumps(dataclasses.asdict(record))
+
+
+def from_line(line: str) -> EvaluationRecord:
+    """Read what `to_line` wrote.
+
+    Raises:
+        ValueError: not JSON, or not exactly the record's fields with values of their types.
+    """
+    values = json.loads(line)
+    if not isinstance(values, dict):
+        raise ValueError(f"wanted a JSON object, got {type(values).__name__}")
+    missing, unknown = _FIELDS.keys() - values.keys(), values.keys() - _FIELDS.keys()
+    if missing or unknown:
+        raise ValueError(
+            f"wanted the fields of an evaluation record; missing {sorted(missing)}, unknown {sorted(unknown)}"
+        )
+    for name, kind in _FIELDS.items():
+        if not _fits(values[name], kind):
+            raise ValueError(f"{name}: wanted {kind}, got {values[name]!r}")
+    return EvaluationRecord(**values)
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a value that came from JSON has the type that a field is annotated with."""
+    if kind == "bool":
+        return isinstance(value, bool)
+    if isinstance(value, bool):
+        return False
+    if kind == "list[str]":
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if kind == "dict[str, int]":
+        return isinstance(value, dict) and all(_fits(item, "int") for item in value.values())
+    if kind == "int | None":
+        return value is None or isinstance(value, int)
+    return isinstance(value, {"str": str, "int": int, "float": (int, float)}[kind])
+
+
+def read_records(path: Path | str) -> list[EvaluationRecord]:
+    """All records of a file; a last line that a kill cut short (no line end) is left out.
+
+    Raises:
+        DRTError: the file cannot be read, or a line is not a record; names the file and the line.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DRTError(f"{path}: cannot be read as records: {error}") from error
+    records = []
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            records.append(from_line(line))
+        except ValueError as error:
+            raise DRTError(f"{path}, line {number}: not an evaluation record: {error}") from error
+    return records
+
+
+class RecordWriter:
+    """Writes records to a file line by line, each flushed, so that a killed run leaves whole lines.
+
+    Use as a context manager.
+
+    Args:
+        path: the file; its folder exists.
+        append: keep the records that the file holds (a last line that a kill cut short is dropped); otherwise the
+            file begins empty.
+
+    Raises:
+        DRTError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path | str, append: bool = False) -> None:
+        try:
+            if append and Path(path).exists():
+                os.truncate(path, Path(path).read_bytes().rfind(b"\n") + 1)
+            self._file = Path(path).open("ab" if append else "wb")  # noqa: SIM115 (closed by __exit__)
+        except OSError as error:
+            raise DRTError(f"{path}: cannot be written: {error}") from error
+
+    def write(self, record: EvaluationRecord) -> None:
+        """Add one line."""
+        self._file.write(to_line(record).encode() + b"\n")
+        self._file.flush()
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The samples of one checkpoint, task and length: counts, means of times and speeds, largest memory."""
+
+    checkpoint: str
+    task: str
+    length: int
+    samples: int
+    correct: int
+    tokens_per_second: float
+    decode_seconds_per_token: float
+    prefill_seconds: float
+    peak_rss_bytes: int
+    peak_device_bytes: int | None
+
+
+def summarise(records: list[EvaluationRecord]) -> list[Summary]:
+    """One summary for each checkpoint, task and length, lengths ascending within a task."""
+    groups: dict[tuple[str, str, int], list[EvaluationRecord]] = {}
+    for record in sorted(records, key=lambda record: record.length):
+        groups.setdefault((record.checkpoint, record.task, record.length), []).append(record)
+    first = list(
+        dict.fromkeys((record.checkpoint, record.task) for record in records)
+    )  # in the order they came
+    return [
+        _summary(groups[checkpoint, task, length])
+        for checkpoint, task in first
+        for length in dict.fromkeys(key[2] for key in groups if key[:2] == (checkpoint, task))
+    ]
+
+
+def _summary(records: list[EvaluationRecord]) -> Summary:
+    first, count = records[0], len(records)
+    prefill_seconds = sum(record.prefill_seconds for record in records)
+    return Summary(
+        checkpoint=first.checkpoint,
+        task=first.task,
+        length=first.length,
+        samples=count,
+        correct=sum(record.correct for record in records),
+        tokens_per_second=first.length * count / prefill_seconds,
+        decode_seconds_per_token=sum(record.decode_seconds_per_token for record in records) / count,
+        prefill_seconds=prefill_seconds / count,
+        peak_rss_bytes=max(record.peak_rss_bytes for record in records),
+        peak_device_bytes=max(
+            (r.peak_device_bytes for r in records if r.peak_device_bytes is not None), default=None
+        ),
+    )
+
+
+def format_length(tokens: int) -> str:
+    """A number of tokens in short: 4096 is `4K` (K = 1024), 1048576 is `1M` (M = 1024^2), 1000 is `1000`."""
+    for unit, name in ((2**20, "M"), (2**10, "K")):
+        if tokens >= unit and tokens % unit == 0:
+            return f"{tokens // unit}{name}"
+    return str(tokens)
