@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,13 +43,16 @@ CASES = (
     Case(),
     Case(sink=True, short=True),
     Case(batch=1, blocks=1, block_size=1, slots=1, size=1, chunks=1, kv_heads=4),
-    Case(blocks=15, block_size=1, kv_heads=1, size=31, slots=4, chunks=7, short=True),
+    Case(batch=1, blocks=15, block_size=1, kv_heads=1, size=31, slots=4, chunks=7, short=True),
     Case(batch=1, blocks=1, block_size=63, size=62, slots=2, chunks=3, sink=True, heads=2, kv_heads=1),
-    Case(blocks=5, block_size=13, kv_heads=4, size=12, slots=5, chunks=4, sink=True, strided=True),
+    Case(blocks=2, block_size=13, kv_heads=4, size=12, slots=5, chunks=4, sink=True, strided=True),
     Case(batch=1, blocks=2, block_size=50, kv_heads=1, size=33, slots=7, chunks=9, short=True, strided=True),
     Case(blocks=2, block_size=65, heads=2, kv_heads=2, size=64, slots=9, chunks=12, short=True, sink=True),
     Case(blocks=4, block_size=32, kv_heads=1, dim=32, size=31, slots=4, chunks=20),
     Case(blocks=4, block_size=7, kv_heads=1, dim=24, size=6, slots=6, chunks=3, sink=True),
+    Case(
+        batch=1, blocks=1, block_size=4, heads=2, kv_heads=1, dim=80, size=100, slots=2, chunks=3, short=True
+    ),
     Case(blocks=2, block_size=3, heads=6, kv_heads=2, dim=40, size=17, slots=8, chunks=40, short=True),
 )
 
@@ -103,8 +107,7 @@ def make_inputs(
         beyond = torch.arange(case.size) >= lengths.unsqueeze(-1)
         for chunks in (keys, values):
             chunks.masked_fill_(beyond[..., None, None], torch.nan)
-    tensors = (query, keys, values, indices, weights, lengths, grad_output)
-    return Inputs(*(x if x is None else x.to(device) for x in tensors))
+    return _apply(Inputs(query, keys, values, indices, weights, lengths, grad_output), lambda x: x.to(device))
 
 
 def run(inputs: Inputs, case: Case, impl: str, *, gathered: bool = False) -> Results:
@@ -151,4 +154,18 @@ def gathered_lengths(inputs: Inputs) -> Tensor:
 
 def in_precision(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """The same numbers in another floating dtype (the weights too)."""
-    return Inputs(*(x.to(dtype) if x is not None and x.is_floating_point() else x for x in inputs))
+    return _apply(inputs, lambda x: x.to(dtype) if x.is_floating_point() else x)
+
+
+def _apply(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    lengths = None if inputs.chunk_lengths is None else change(inputs.chunk_lengths)
+    query, keys, values, indices, weights, _, grad_output = inputs
+    return Inputs(
+        change(query),
+        change(keys),
+        change(values),
+        change(indices),
+        change(weights),
+        lengths,
+        change(grad_output),
+    )

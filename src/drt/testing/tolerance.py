@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def assert_as_accurate(
-    name: str, actual: Tensor, eager: Tensor, exact: Tensor, *, factor: float = 2.0
+    name: str, actual: Tensor, eager: Tensor, exact: Tensor, *, factor: float = 4.0
 ) -> None:
     """Fail unless `actual` is as near to `exact` as a plain run in its precision is.
 
@@ -20,7 +20,8 @@ def assert_as_accurate(
         actual: the result on trial.
         eager: the same quantity from plain operations in `actual`'s dtype.
         exact: the same quantity in float64.
-        factor: how many times the eager error is allowed.
+        factor: how many times the eager error is allowed: another order of sums and a rounding more of the scores may
+            double it, and the eager error is itself one draw, which may be lucky by as much.
 
     Raises:
         AssertionError: a shape or dtype differs, a value is not finite, or the error is too large.

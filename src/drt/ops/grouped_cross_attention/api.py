@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 
 from drt.ops.grouped_cross_attention import validation
 
-IMPLEMENTATIONS = ("reference", "cpu")
+IMPLEMENTATIONS = ("reference", "cpu", "triton")
+HAS_TRITON = find_spec("triton") is not None
 
 
 def grouped_cross_attention(
@@ -46,19 +48,21 @@ def grouped_cross_attention(
         block_size: how many consecutive queries share one selection.
         scale: factor on the dot products. Default D ** -0.5.
         sink: add 1 to each softmax denominator, so that a query may ignore a chunk (softmax-off-by-one).
-        impl: "reference" (the equations, any device and dtype) or "cpu" (batched matrix products in plain torch:
-            made for the CPU, runs on any device). Default: "cpu".
+        impl: "reference" (the equations, any device and dtype), "cpu" (batched matrix products in plain torch: made
+            for the CPU, runs on any device) or "triton" (kernels for CUDA; float32, float16, bfloat16, D <= 256).
+            Default: "triton" for CUDA tensors that it supports, where Triton is installed; else "cpu".
 
     Returns:
-        (B, L, h, D) in query's dtype. 16-bit inputs are computed in float32 ("cpu").
+        (B, L, h, D) in query's dtype. "cpu" computes 16-bit inputs in float32; "triton" accumulates in it.
 
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit; the message says what was got and is wanted.
+        ImportError: impl is "triton", which is not installed.
     """
     validation.check_grouped(
         query, chunk_keys, chunk_values, chunk_indices, chunk_weights, chunk_lengths, block_size
     )
-    module = _implementation(impl)
+    module = _implementation(impl, query)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     output: torch.Tensor = module.grouped_cross_attention(
         query,
@@ -109,7 +113,7 @@ def attend_gathered_chunks(
     validation.check_gathered(
         query, gathered_keys, gathered_values, chunk_weights, gathered_lengths, block_size
     )
-    module = _implementation(impl)
+    module = _implementation(impl, query)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     output: torch.Tensor = module.attend_gathered_chunks(
         query,
@@ -159,12 +163,24 @@ def chunk_rows(chunk_indices: torch.Tensor, chunks: int, kv_heads: int) -> torch
     return (first + chunk_indices.long().clamp(min=0).unsqueeze(2)) * kv_heads + head
 
 
-def _implementation(name: str | None) -> ModuleType:
-    from drt.ops.grouped_cross_attention.impl import cpu, reference
+def _implementation(name: str | None, query: torch.Tensor) -> ModuleType:
+    # Imported here: Triton is optional, and slow to import.
+    if name is None and query.device.type == "cuda" and HAS_TRITON:
+        from drt.ops.grouped_cross_attention.impl import triton
 
+        if triton.supports(query):
+            return triton
     match name:
+        case "triton":
+            from drt.ops.grouped_cross_attention.impl import triton
+
+            return triton
         case "cpu" | None:
+            from drt.ops.grouped_cross_attention.impl import cpu
+
             return cpu
         case "reference":
+            from drt.ops.grouped_cross_attention.impl import reference
+
             return reference
     raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)} or None; got {name!r}")

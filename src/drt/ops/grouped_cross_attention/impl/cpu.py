@@ -223,7 +223,7 @@ class _Slabs:
     def probabilities(self, query: Tensor, keys: Tensor, start: int, stop: int) -> Tensor:
         """Each chunk's softmax: (n * h_kv, R, K, S')."""
         count, heads, slots, size, _ = keys.shape
-        matrix = keys.reshape(count * heads, slots * size, -1).transpose(1, 2)
+        matrix = keys.view(count * heads, slots * size, -1).transpose(1, 2)
         scores = _product(query, matrix, self.scale).view(count, heads, -1, slots, size)
         if self.bias is not None:
             scores += self.bias[start:stop]
@@ -250,7 +250,7 @@ def _forward(query: Tensor, *rest: Any) -> Tensor:
             keys, values = slabs.keys.read(start, stop), slabs.values.read(start, stop)
             rows = slabs.rows(slabs.query, start, stop)
             probabilities = slabs.probabilities(rows, keys, start, stop)
-            weighted = (values * slabs.weights[start:stop]).reshape(rows.shape[0], -1, rows.shape[2])
+            weighted = (values * slabs.weights[start:stop]).view(rows.shape[0], -1, rows.shape[2])
             slabs.write(output_blocks, torch.bmm(probabilities.flatten(2), weighted), start, stop)
     return output
 
@@ -274,9 +274,9 @@ def _backward(grad_output: Tensor, query: Tensor, *rest: Any) -> tuple[Tensor, T
             grad_weights[start:stop] = (unweighted * values).sum(dim=(1, 3, 4), keepdim=True)
             slabs.values.accumulate(unweighted.mul_(weights), start, stop)
 
-            grad_p = torch.bmm(grad_rows, (values * weights).reshape(matrix).transpose(1, 2)).view(p.shape)
+            grad_p = torch.bmm(grad_rows, (values * weights).view(matrix).transpose(1, 2)).view(p.shape)
             grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype).flatten(2)
-            grad_rows = _product(grad_scores, keys.reshape(matrix), slabs.scale)
+            grad_rows = _product(grad_scores, keys.view(matrix), slabs.scale)
             slabs.write(grad_query_blocks, grad_rows, start, stop)
             grad_keys = _product(grad_scores.transpose(1, 2), rows, slabs.scale)
             slabs.keys.accumulate(grad_keys.view(keys.shape), start, stop)

@@ -1,0 +1,56 @@
+"""The Triton kernels on a machine without a GPU: right in the interpreter, and compiled ahead of time for one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from drt.ops.grouped_cross_attention import grouped_cross_attention
+
+HERE = Path(__file__).parent
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+
+def run(*arguments: str, interpret: bool) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own: whether Triton interprets is settled when it is imported."""
+    environment = dict(os.environ)
+    environment.pop("TRITON_INTERPRET", None)
+    if interpret:
+        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@needs_triton
+def test_kernels_in_the_interpreter() -> None:
+    tests = str(HERE / "interpreted_triton.py")
+    result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", tests, interpret=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@needs_triton
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="with a GPU the kernels are compiled for it by the GPU tests"
+)
+def test_kernels_compile_for_hopper_without_a_gpu() -> None:
+    result = run(str(HERE / "compile_triton.py"), "--quick", interpret=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("spills=0") == 4, result.stdout
+
+
+@needs_triton
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU tensors")
+def test_cpu_tensors_are_refused() -> None:
+    keys = torch.zeros(1, 2, 3, 1, 16)
+    indices, weights = torch.zeros(1, 1, 1, dtype=torch.long), torch.zeros(1, 1, 1)
+    with pytest.raises(ValueError, match="needs CUDA tensors; got tensors on cpu"):
+        grouped_cross_attention(
+            torch.zeros(1, 1, 1, 16), keys, keys, indices, weights, block_size=1, impl="triton"
+        )
