@@ -52,7 +52,9 @@ class NeedleMixConfig:
         chunk_size: tokens of the model's full chunk.
         question_rate: questions of a dense row for every chunk_size + 1 tokens.
         dense_share: share of the rows that are dense; the others have 1 to 1/16 as many questions, at least one.
-        spare_needles: up to so many needles (or half the number of questions, if that is more) are never asked.
+        needles_per_question: things hidden for each question. With fewer than one, each is asked for several times,
+            and the fewer there are, the sooner a fresh model learns to read; above one, the rest is never asked for.
+        spare_needles: up to so many more are hidden and never asked for.
         chain_share: share of the hidden things that are chains of links, not facts.
         min_hops, max_hops: links of a chain; each number is equally likely.
         min_distance: a question comes at least so many tokens after what it asks for, so that with more than the
@@ -70,7 +72,8 @@ class NeedleMixConfig:
     chunk_size: int
     question_rate: float = 0.7
     dense_share: float = 0.75
-    spare_needles: int = 6
+    needles_per_question: float = 1.25
+    spare_needles: int = 4
     chain_share: float = 0.0
     min_hops: int = 2
     max_hops: int = 2
@@ -86,7 +89,8 @@ class NeedleMixConfig:
             )
         for name in ("dense_share", "chain_share", "hard_name_rate", "decoy_rate"):
             _require(0 <= getattr(self, name) <= 1, f"{name}: wanted 0..1, got {getattr(self, name)}")
-        _require(self.question_rate > 0, f"question_rate: wanted a positive number, got {self.question_rate}")
+        for name in ("question_rate", "needles_per_question"):
+            _require(getattr(self, name) > 0, f"{name}: wanted a positive number, got {getattr(self, name)}")
         _require(
             1 <= self.min_hops <= self.max_hops,
             f"min_hops, max_hops: wanted 1 <= min_hops <= max_hops, got {self.min_hops}, {self.max_hops}",
@@ -219,21 +223,22 @@ def _plan(
     """What a row hides, and the number of its questions. Any of them may be asked: there is room for the dearest."""
     density = 1.0 if rng.random() < stage.dense_share else math.exp(rng.uniform(math.log(_SPARSEST), 0))
     wanted = max(1, round(density * stage.question_rate * stage.row_length / (stage.chunk_size + 1)))
-    spare = int(rng.integers(max(stage.spare_needles, wanted // 2) + 1))
+    hidden = max(1, round(wanted * stage.needles_per_question)) + int(rng.integers(stage.spare_needles + 1))
     answer_end = len(codec.encode(ANSWER_END))
     tasks: list[_Task] = []
     used: list[str] = []
     questions = telling = asking = (
         0  # number of questions, tokens of all needles, tokens of the dearest question
     )
-    for value in rng.choice(NUM_VALUES, size=wanted + spare, replace=False).tolist():
+    for value in rng.choice(NUM_VALUES, size=hidden, replace=False).tolist():
         task = _make_task(stage, codec, names, used, value, rng)
         if task is None:
             break
         telling += sum(map(len, task.needles))
         asking = max(asking, len(task.question) + len(task.answer) + answer_end)
-        ask = min(questions + 1, wanted)
-        if telling + ask * asking > _FILL * stage.row_length:
+        ask = wanted if stage.needles_per_question < 1 else min(len(tasks) + 1, wanted)
+        ask = min(ask, int((_FILL * stage.row_length - telling) / asking))
+        if ask < max(questions, 1):
             break
         tasks.append(task)
         questions = ask
@@ -301,7 +306,7 @@ def _lay_out(
         room -= len(decoy)
     events.sort(key=lambda event: event[0])
 
-    writer = _RowWriter(window, codec.encode(ANSWER_END), stage.min_distance)
+    writer = _RowWriter(window, codec.encode(ANSWER_END), stage.min_distance, stage.needles_per_question < 1)
     for place, needle, number in events:
         writer.write_text(int(place * (room + 1)))
         if needle is None:
@@ -335,12 +340,14 @@ class _RowWriter:
         window: (row_length,) text that the row is filled with.
         answer_end: tokens written after an answer.
         min_distance: tokens between a needle and its question, at least.
+        ask_again: what was asked for waits to be asked for again, as far from its answer as from its needle.
     """
 
-    def __init__(self, window: TokenIds, answer_end: TokenIds, min_distance: int) -> None:
+    def __init__(self, window: TokenIds, answer_end: TokenIds, min_distance: int, ask_again: bool) -> None:
         self._window = window
         self._answer_end = answer_end
         self._min_distance = min_distance
+        self._ask_again = ask_again
         self._parts: list[TokenIds] = []
         self._kinds: list[int] = []
         self._copied = 0  # tokens of the window
@@ -380,6 +387,8 @@ class _RowWriter:
         self._questions.append(task.hidden.question)
         self.write(task.answer, task.kind)
         self.write(self._answer_end, _OTHER)
+        if self._ask_again:
+            self._waiting.append((self._length, task))
 
     def finish(self, needles: list[str]) -> _Row:
         """Fill the row with text."""

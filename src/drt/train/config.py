@@ -56,6 +56,8 @@ class StageConfig:
         chunks: full chunks of tokens in a row; rows in a batch = tokens_per_step // (chunks x chunk_size).
         chain_share: share of the hidden things that are chains, not facts.
         gumbel_noise: add Gumbel noise to the selection of chunks.
+        retrieval_top_k: chunks that are read in this stage; null: as many as the model's. As many as a row has lets
+            the model learn to read before it has to choose, and every score gets a gradient.
         threshold: the next stage starts when this share of the answer tokens was right over a logging
             interval.
         max_steps: the next stage starts after so many steps at the latest; null: only by the threshold.
@@ -65,6 +67,7 @@ class StageConfig:
     chunks: int
     chain_share: float = 0.0
     gumbel_noise: bool = False
+    retrieval_top_k: int | None = None
     threshold: float = 0.9
     max_steps: int | None = None
     mix: dict[str, Any] = field(default_factory=dict)
@@ -72,6 +75,10 @@ class StageConfig:
     def __post_init__(self) -> None:
         _require(self.chunks >= 2, f"chunks: wanted at least 2, got {self.chunks}")
         _require(0 <= self.chain_share <= 1, f"chain_share: wanted 0..1, got {self.chain_share}")
+        _require(
+            self.retrieval_top_k is None or self.retrieval_top_k >= 1,
+            f"retrieval_top_k: wanted >= 1, got {self.retrieval_top_k}",
+        )
         _require(0 < self.threshold <= 1, f"threshold: wanted 0 < threshold <= 1, got {self.threshold}")
         _require(
             self.max_steps is None or self.max_steps >= 1, f"max_steps: wanted >= 1, got {self.max_steps}"

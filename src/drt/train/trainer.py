@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from drt.errors import DRTError
+from drt.layers.retriever import Retriever
 from drt.train.checkpoints import checkpoint_folder, delete_others, is_complete, mark_complete
 from drt.train.config import OptimizerConfig, StageConfig, TrainConfig, config_to_dict
 from drt.train.curriculum import Curriculum, RunningTotals
@@ -90,7 +91,14 @@ class NeedleTrainer(Trainer):
         """The batch of the step that comes now."""
         stage = self.find_callback(Curriculum).current
         self.causal_lm.config.gumbel_noise = stage.gumbel_noise
+        self._read_chunks(stage.retrieval_top_k)
         return self.make_batch(self.state.global_step, stage)
+
+    def _read_chunks(self, top_k: int | None) -> None:
+        """Let every group read so many chunks; None: as many as the configuration says."""
+        for module in self.causal_lm.modules():
+            if isinstance(module, Retriever):
+                module.top_k = top_k or self.causal_lm.config.retrieval_top_k
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """A loader that never runs ahead of the curriculum and leaves the global random state alone."""
@@ -152,6 +160,7 @@ class NeedleTrainer(Trainer):
         """Validation by generating answers; its `score` selects the checkpoint."""
         assert self.validate is not None
         self.causal_lm.eval()
+        self._read_chunks(None)
         metrics = {f"eval_{name}": value for name, value in self.validate(self.causal_lm).items()}
         self.causal_lm.train()
         self.log(metrics)
