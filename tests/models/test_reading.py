@@ -33,7 +33,9 @@ def test_segments_read_like_one_pass(model: LlamaForCausalLM, length: int) -> No
     expected = prompt
     for step in range(5):  # greedy without any cache
         following = model(expected).logits[:, -1:]
-        torch.testing.assert_close(logits[:, step : step + 1], following, rtol=0, atol=1e-4)  # float32, about 10
+        torch.testing.assert_close(
+            logits[:, step : step + 1], following, rtol=0, atol=1e-4
+        )  # float32, about 10
         expected = torch.cat([expected, following.argmax(-1)], dim=1)
     assert torch.equal(token_ids, expected[:, length:])
     assert sum(steps) == length

@@ -21,9 +21,11 @@ import drt
 from drt.errors import DRTError
 
 COMMANDS = {
+    "needle": "Find needles in texts of any length.",
     "generate": "Continue a text of any length.",
     "convert": "Convert a checkpoint of the paper's authors.",
     "train": "Train a model from one YAML file.",
+    "data": "Fetch texts to train and evaluate on.",
 }
 
 MISTAKE = 2  # exit code for what the user can put right; also what typer uses for a wrong option

@@ -134,8 +134,12 @@ def evaluate_needles(
         raise ValueError("the model is in training mode; call model.eval() first")
     waiting = [key for key in plan.sample_keys() if key not in done]
     for key in {key[:2]: key for key in waiting}.values():
-        plan.make_sample(key, tokenizer, haystack)  # what cannot be asked is known now, not after hours of reading
-    return _evaluate(model, tokenizer, haystack, plan, checkpoint, segment_size, batch_size, waiting, on_progress)
+        plan.make_sample(
+            key, tokenizer, haystack
+        )  # what cannot be asked is known now, not after hours of reading
+    return _evaluate(
+        model, tokenizer, haystack, plan, checkpoint, segment_size, batch_size, waiting, on_progress
+    )
 
 
 def _evaluate(

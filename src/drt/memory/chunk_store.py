@@ -30,7 +30,9 @@ class ChunkStore(Protocol):
         """(B,) int64 on the CPU: chunks held by each row."""
         ...
 
-    def append(self, keys: Tensor, values: Tensor, landmarks: Tensor, lengths: Tensor, new_counts: Tensor) -> None:
+    def append(
+        self, keys: Tensor, values: Tensor, landmarks: Tensor, lengths: Tensor, new_counts: Tensor
+    ) -> None:
         """Append to row b its first ``new_counts[b]`` of N offered chunks.
 
         Args:

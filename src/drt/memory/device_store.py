@@ -45,7 +45,9 @@ class DeviceStore:
     def counts(self) -> Tensor:
         return self._counts
 
-    def append(self, keys: Tensor, values: Tensor, landmarks: Tensor, lengths: Tensor, new_counts: Tensor) -> None:
+    def append(
+        self, keys: Tensor, values: Tensor, landmarks: Tensor, lengths: Tensor, new_counts: Tensor
+    ) -> None:
         batch_size, offered = keys.shape[:2]
         if len(self._counts) == 0:
             self._counts = torch.zeros(batch_size, dtype=torch.long)
@@ -67,7 +69,9 @@ class DeviceStore:
             target = (slot[row, source] % self._page_size).to(keys.device)
             row, source = row.to(keys.device), source.to(keys.device)
             for held, offer in zip(
-                (page.keys, page.values, page.landmarks, page.lengths), (keys, values, landmarks, lengths), strict=True
+                (page.keys, page.values, page.landmarks, page.lengths),
+                (keys, values, landmarks, lengths),
+                strict=True,
             ):
                 held[row, target] = offer.detach()[row, source]
         self._counts = after
@@ -102,21 +106,25 @@ class DeviceStore:
     def select_rows(self, rows: Tensor) -> None:
         self._counts = self._counts[rows.cpu()]
         for page in self._pages:
-            page.rows = rows.to(page.keys.device) if page.rows is None else page.rows[rows.to(page.keys.device)]
+            page.rows = (
+                rows.to(page.keys.device) if page.rows is None else page.rows[rows.to(page.keys.device)]
+            )
 
     def _new_page(self, keys: Tensor, values: Tensor, landmarks: Tensor, lengths: Tensor) -> _Page:
         def room(like: Tensor) -> Tensor:
             return like.new_empty(like.shape[0], self._page_size, *like.shape[2:])
 
         # Landmarks of slots not yet written are scored and masked: they must be finite.
-        page = _Page(room(keys), room(values), room(landmarks).zero_(), room(lengths))
-        return page
+        return _Page(room(keys), room(values), room(landmarks).zero_(), room(lengths))
 
     def _owned(self, number: int) -> _Page:
         """The page, after a copy where its tensors are seen through a row map."""
         page = self._pages[number]
         if page.rows is not None:
             page = self._pages[number] = _Page(
-                page.keys[page.rows], page.values[page.rows], page.landmarks[page.rows], page.lengths[page.rows]
+                page.keys[page.rows],
+                page.values[page.rows],
+                page.landmarks[page.rows],
+                page.lengths[page.rows],
             )
         return page

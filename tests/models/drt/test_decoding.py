@@ -96,7 +96,9 @@ def test_far_chunks_are_read(make_model, ids):
         model = make_model(retrieval=retrieval, sliding_window=4, retrieval_top_k=8, chunk_size=7)
         changed = ids.clone()
         changed[:, 3] = (changed[:, 3] + 7) % 50
-        difference = (model(ids, use_cache=False).logits - model(changed, use_cache=False).logits)[:, 40:].abs().max()
+        difference = (
+            (model(ids, use_cache=False).logits - model(changed, use_cache=False).logits)[:, 40:].abs().max()
+        )
         assert (difference > 1e-4) == retrieval
 
 
@@ -124,7 +126,9 @@ def test_reset_forgets(make_model, ids):
 def test_every_parameter_gets_a_gradient(make_model, ids):
     model = make_model()
     model(ids, labels=ids).loss.backward()
-    silent = [name for name, p in model.named_parameters() if p.grad is None or float(p.grad.abs().max()) == 0]
+    silent = [
+        name for name, p in model.named_parameters() if p.grad is None or float(p.grad.abs().max()) == 0
+    ]
     assert not silent
 
 

@@ -29,8 +29,11 @@ def build(oracle: dict[str, torch.Tensor], **changes: object) -> DRTForCausalLM:
         setattr(config, name, value)
     model = DRTForCausalLM(config)
     parameters = {name.removeprefix("param."): t for name, t in oracle.items() if name.startswith("param.")}
-    missing, unexpected = model.load_state_dict(convert_state_dict(parameters, config, CHUNK_ID), strict=False)
-    assert not missing and not unexpected
+    missing, unexpected = model.load_state_dict(
+        convert_state_dict(parameters, config, CHUNK_ID), strict=False
+    )
+    assert not missing
+    assert not unexpected
     return model.eval()
 
 
@@ -99,7 +102,9 @@ def test_another_residual_rule_fails(oracle):
     for layer in model.model.upper_layers:
         attention = layer.grouped_cross_attention
 
-        def informed_residual(hidden_states, memory, index, inverse, state=None, layer=layer, attention=attention):
+        def informed_residual(
+            hidden_states, memory, index, inverse, state=None, layer=layer, attention=attention
+        ):
             hidden_states = hidden_states + layer.window_attention(layer.attention_norm(hidden_states), state)
             hidden_states = hidden_states + attention(hidden_states, memory, index, inverse)
             return hidden_states + layer.mlp(layer.mlp_norm(hidden_states))

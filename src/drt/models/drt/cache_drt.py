@@ -29,7 +29,9 @@ class WindowCacheLayer(CacheLayerMixin):
         self.keys, self.values = key_states[:, :0], value_states[:, :0]
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor, Tensor | None]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Take (B, L, h_kv, D); return held + new keys and values, and each row's first valid slot or None."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -76,10 +78,14 @@ class DRTCache(Cache):
     """
 
     def __init__(self, config: DRTConfig, store: ChunkStore | None = None) -> None:
-        super().__init__(layers=[WindowCacheLayer(config.sliding_window) for _ in range(config.num_hidden_layers)])
+        super().__init__(
+            layers=[WindowCacheLayer(config.sliding_window) for _ in range(config.num_hidden_layers)]
+        )
         self.store: ChunkStore = DeviceStore() if store is None else store
         self.seen_tokens = 0  # columns of input, left padding included
-        self.open_states: Tensor | None = None  # (B, S, H) lower-decoder outputs of the open chunk, first slots first
+        self.open_states: Tensor | None = (
+            None  # (B, S, H) lower-decoder outputs of the open chunk, first slots first
+        )
         self.open_lengths: Tensor | None = None  # (B,) on the CPU
         self.closed_counts: Tensor | None = None  # (B,) on the CPU: chunks closed so far
         self.selections: list[RetrievedMemory | None] = [None] * config.num_groups
@@ -115,7 +121,8 @@ class DRTCache(Cache):
             self.open_lengths = self.open_lengths[rows.cpu()]
             self.closed_counts = self.closed_counts[rows.cpu()]
         self.selections = [
-            None if held is None else RetrievedMemory(*(tensor[rows] for tensor in held)) for held in self.selections
+            None if held is None else RetrievedMemory(*(tensor[rows] for tensor in held))
+            for held in self.selections
         ]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -136,7 +143,9 @@ class DRTCache(Cache):
         Raises:
             ValueError: always.
         """
-        raise ValueError(f"a DRTCache cannot be cropped (asked for {max_length}): closed chunks cannot be reopened")
+        raise ValueError(
+            f"a DRTCache cannot be cropped (asked for {max_length}): closed chunks cannot be reopened"
+        )
 
     def reset(self) -> None:
         """Forget everything; the next pass starts a new text."""

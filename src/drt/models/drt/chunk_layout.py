@@ -83,7 +83,11 @@ def build_chunk_layout(
         device: where the indices shall lie.
     """
     rows = torch.arange(batch_size).unsqueeze(1)
-    is_token = torch.ones(batch_size, length, dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0
+    is_token = (
+        torch.ones(batch_size, length, dtype=torch.bool)
+        if attention_mask is None
+        else attention_mask.cpu() != 0
+    )
     carried_lengths = torch.zeros(batch_size, dtype=torch.long) if open_lengths is None else open_lengths
     offset, closes = _close_chunks(is_token, chunk_ends, carried_lengths, chunk_size)
 
@@ -119,7 +123,9 @@ def build_chunk_layout(
     def place(tensor: Tensor) -> Tensor:
         return tensor.to(device)
 
-    last_offset = (offset * is_token).flip(1)[:, 0] + 1  # left padding: the last column is a token, or the row has none
+    last_offset = (offset * is_token).flip(1)[
+        :, 0
+    ] + 1  # left padding: the last column is a token, or the row has none
     stays_open = torch.where(is_token[:, -1], torch.where(closes[:, -1], 0, last_offset), carried_lengths)
     return ChunkLayout(
         row_lengths=row_lengths,

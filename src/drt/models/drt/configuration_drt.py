@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -45,7 +47,7 @@ class DRTConfig(PreTrainedConfig):
     """
 
     model_type = "drt"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     vocab_size: int = 259
     hidden_size: int = 768
@@ -79,7 +81,11 @@ class DRTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None and isinstance(self.hidden_size, int) and isinstance(self.num_attention_heads, int):
+        if (
+            self.head_dim is None
+            and isinstance(self.hidden_size, int)
+            and isinstance(self.num_attention_heads, int)
+        ):
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
         super().__post_init__(**kwargs)
 

@@ -37,7 +37,10 @@ _RENAMES = [
     (r"^model\.enc_prenorm\.", "model.chunk_encoder.input_norm."),
     (r"^model\.encoder\.layers\.(\d+)\.self_attn\.", r"model.chunk_encoder.layers.\1."),
     (r"^model\.encoder\.layers\.(\d+)\.input_layernorm\.", r"model.chunk_encoder.layers.\1.input_norm."),
-    (r"^model\.encoder\.layers\.(\d+)\.post_attention_layernorm\.", r"model.chunk_encoder.layers.\1.mlp_norm."),
+    (
+        r"^model\.encoder\.layers\.(\d+)\.post_attention_layernorm\.",
+        r"model.chunk_encoder.layers.\1.mlp_norm.",
+    ),
     (r"^model\.encoder\.", "model.chunk_encoder."),
     (r"^model\.lmk_norms\.(\d+)\.", r"model.retrievers.\1.norm."),
     (r"\.self_attn\.", ".window_attention."),
@@ -63,7 +66,9 @@ def config_from_authors(settings: Mapping[str, Any]) -> DRTConfig:
         raise DRTError(f"the authors' configuration lacks {', '.join(missing)}")
     groups = settings["decoder_layers"][1:]
     if len(set(groups)) != 1:
-        raise DRTError(f"decoder_layers must be [lower, group, group, ...] with equal groups, got {[*groups]}")
+        raise DRTError(
+            f"decoder_layers must be [lower, group, group, ...] with equal groups, got {[*groups]}"
+        )
     if settings.get("hidden_act", "silu") != "silu":
         raise DRTError(f"hidden_act must be silu, got {settings['hidden_act']}")
     return DRTConfig(
@@ -82,7 +87,9 @@ def config_from_authors(settings: Mapping[str, Any]) -> DRTConfig:
     )
 
 
-def convert_state_dict(parameters: Mapping[str, Tensor], config: DRTConfig, chunk_id: int) -> dict[str, Tensor]:
+def convert_state_dict(
+    parameters: Mapping[str, Tensor], config: DRTConfig, chunk_id: int
+) -> dict[str, Tensor]:
     """Rename the authors' parameters to ours.
 
     Args:
@@ -112,7 +119,9 @@ def convert_state_dict(parameters: Mapping[str, Tensor], config: DRTConfig, chun
     return converted
 
 
-def convert_authors_checkpoint(path: Path | str, config_json: Path | str, output_dir: Path | str) -> DRTForCausalLM:
+def convert_authors_checkpoint(
+    path: Path | str, config_json: Path | str, output_dir: Path | str
+) -> DRTForCausalLM:
     """Convert a checkpoint file or folder and save it with `save_pretrained`.
 
     Args:
@@ -154,7 +163,9 @@ def convert_authors_checkpoint(path: Path | str, config_json: Path | str, output
 def _load_parameters(path: Path) -> dict[str, Tensor]:
     """Parameters of a file, or of the first known file in a folder; never runs pickled code."""
     if path.is_dir():
-        known = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
+        known = [
+            path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()
+        ]
         if not known:
             raise DRTError(f"{path} holds neither model.safetensors nor pytorch_model.bin")
         path = known[0]

@@ -41,7 +41,9 @@ class ChunkMemory:
         closes = torch.arange(num_closed) < layout.closed_counts.unsqueeze(1)
         self.visible = torch.where(closes, visible, 0).to(landmarks.device)
 
-    def retrieve(self, group: int, retriever: Retriever, hidden_states: Tensor, gumbel: bool) -> RetrievedMemory:
+    def retrieve(
+        self, group: int, retriever: Retriever, hidden_states: Tensor, gumbel: bool
+    ) -> RetrievedMemory:
         """What group ``group`` reads in each block of positions.
 
         Args:
@@ -73,7 +75,9 @@ class ChunkMemory:
         found = retriever(states, cache.store.landmark_blocks(), self.visible, gumbel)
         gathered = cache.store.gather(found.chunk_indices)
         new = (*(t.to(states.device) for t in gathered), found.chunk_indices, found.chunk_weights)
-        blocks = RetrievedMemory(*(torch.cat([old.unsqueeze(1), t], 1) for old, t in zip(carried, new, strict=True)))
+        blocks = RetrievedMemory(
+            *(torch.cat([old.unsqueeze(1), t], 1) for old, t in zip(carried, new, strict=True))
+        )
         rows = torch.arange(states.shape[0], device=states.device)
         last = self.layout.closed_counts.to(states.device)
         cache.selections[group] = RetrievedMemory(*(tensor[rows, last] for tensor in blocks))
@@ -84,5 +88,5 @@ class ChunkMemory:
         batch_size, _, *chunk_shape = self.keys.shape
         empty = self.keys.new_zeros(batch_size, top_k, *chunk_shape)
         indices = torch.full((batch_size, top_k), -1, device=self.keys.device)
-        return RetrievedMemory(empty, empty, torch.zeros_like(indices), indices, indices.new_zeros(indices.shape).float())
-
+        weights = torch.zeros(indices.shape, device=self.keys.device)
+        return RetrievedMemory(empty, empty, torch.zeros_like(indices), indices, weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,11 @@ class DRTUpperLayer(GradientCheckpointingLayer):
         self.window_attention = _window_attention(config)
         if config.retrieval:
             self.grouped_cross_attention = GroupedCrossAttention(
-                config.hidden_size, config.num_attention_heads, config.head_dim, config.sink, config.rms_norm_eps
+                config.hidden_size,
+                config.num_attention_heads,
+                config.head_dim,
+                config.sink,
+                config.rms_norm_eps,
             )
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
@@ -98,7 +102,9 @@ class DRTUpperLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.window_attention(self.attention_norm(hidden_states), state)
         informed = hidden_states
         if memory is not None:
-            informed = informed + self.grouped_cross_attention(hidden_states, memory, block_index, block_inverse)
+            informed = informed + self.grouped_cross_attention(
+                hidden_states, memory, block_index, block_inverse
+            )
         return hidden_states + self.mlp(self.mlp_norm(informed))
 
 
@@ -108,8 +114,8 @@ class DRTPreTrainedModel(PreTrainedModel):
     config_class = DRTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DRTLowerLayer", "DRTUpperLayer", "ChunkEncoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar[list[str]] = ["DRTLowerLayer", "DRTUpperLayer", "ChunkEncoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _is_stateful = True  # a chunk memory cannot be rolled back: assisted decoding must refuse
 
     @torch.no_grad()
@@ -150,7 +156,12 @@ class DRTModel(DRTPreTrainedModel):
             self.chunk_k_proj = nn.Linear(config.hidden_size, memory_width, bias=False)
             self.chunk_v_proj = nn.Linear(config.hidden_size, memory_width, bias=False)
             self.retrievers = nn.ModuleList(
-                Retriever(config.hidden_size, config.retrieval_top_k, config.rms_norm_eps, config.learned_temperature)
+                Retriever(
+                    config.hidden_size,
+                    config.retrieval_top_k,
+                    config.rms_norm_eps,
+                    config.learned_temperature,
+                )
                 for _ in range(config.num_groups)
             )
         self.upper_layers = nn.ModuleList(DRTUpperLayer(config) for _ in range(config.num_upper_layers))
@@ -185,7 +196,9 @@ class DRTModel(DRTPreTrainedModel):
         Raises:
             ValueError: for input that cannot be laid out; the message names what was got and what is wanted.
         """
-        mask = check_inputs(self.config, input_ids, inputs_embeds, attention_mask, chunk_ends, past_key_values)
+        mask = check_inputs(
+            self.config, input_ids, inputs_embeds, attention_mask, chunk_ends, past_key_values
+        )
         cache = self._cache(past_key_values, use_cache)
         source = input_ids if input_ids is not None else inputs_embeds
         batch_size, length = source.shape[:2]
@@ -202,7 +215,9 @@ class DRTModel(DRTPreTrainedModel):
         if cache is not None:
             cache.begin(layout)
         hidden_states = self._embed(source, layout)
-        states: list[WindowState | None] = [None] * self.config.num_hidden_layers if cache is None else cache.layers
+        states: list[WindowState | None] = (
+            [None] * self.config.num_hidden_layers if cache is None else cache.layers
+        )
         for layer, state in zip(self.lower_layers, states, strict=False):
             hidden_states = layer(hidden_states, state)
         hidden_states, retrieved = self._upper(hidden_states, layout, cache, states[len(self.lower_layers) :])
@@ -212,8 +227,12 @@ class DRTModel(DRTPreTrainedModel):
         return DRTModelOutput(
             last_hidden_state=self.norm(output),
             past_key_values=cache,
-            chunk_indices=tuple(memory.chunk_indices[:, 1:] for memory in retrieved) if output_retrieval else None,
-            chunk_weights=tuple(memory.chunk_weights[:, 1:] for memory in retrieved) if output_retrieval else None,
+            chunk_indices=tuple(memory.chunk_indices[:, 1:] for memory in retrieved)
+            if output_retrieval
+            else None,
+            chunk_weights=tuple(memory.chunk_weights[:, 1:] for memory in retrieved)
+            if output_retrieval
+            else None,
         )
 
     def _cache(self, past_key_values: DRTCache | None, use_cache: bool | None) -> DRTCache | None:
@@ -224,7 +243,9 @@ class DRTModel(DRTPreTrainedModel):
                 raise ValueError("use_cache=False cannot continue from past_key_values that hold a text")
             return None
         if torch.is_grad_enabled():
-            logger.warning_once("No gradient flows through a cache's chunk memory; train with use_cache=False.")
+            logger.warning_once(
+                "No gradient flows through a cache's chunk memory; train with use_cache=False."
+            )
         return DRTCache(self.config) if past_key_values is None else past_key_values
 
     def _embed(self, source: Tensor, layout: ChunkLayout) -> Tensor:
@@ -235,7 +256,11 @@ class DRTModel(DRTPreTrainedModel):
         return torch.where(layout.is_landmark.unsqueeze(-1), landmark, embeds)
 
     def _upper(
-        self, hidden_states: Tensor, layout: ChunkLayout, cache: DRTCache | None, states: list[WindowState | None]
+        self,
+        hidden_states: Tensor,
+        layout: ChunkLayout,
+        cache: DRTCache | None,
+        states: list[WindowState | None],
     ) -> tuple[Tensor, list[RetrievedMemory]]:
         """Groups of upper layers; returns their output and what each group retrieved."""
         memory = self._remember(hidden_states, layout, cache) if self.config.retrieval else None
@@ -264,7 +289,9 @@ class DRTModel(DRTPreTrainedModel):
         tokens, keys_out = flat[layout.encoder_index], hidden_states.flatten(0, 1)[layout.landmark_index]
         if cache is not None:
             cache.open_states = flat[layout.open_index]
-        encoded, landmarks = self.chunk_encoder(tokens, keys_out, None if layout.full else layout.chunk_lengths)
+        encoded, landmarks = self.chunk_encoder(
+            tokens, keys_out, None if layout.full else layout.chunk_lengths
+        )
         head_dim = self.config.head_dim
         keys = self.chunk_k_proj(encoded).unflatten(-1, (-1, head_dim))
         values = self.chunk_v_proj(encoded).unflatten(-1, (-1, head_dim))
@@ -274,7 +301,7 @@ class DRTModel(DRTPreTrainedModel):
 class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
     """DRT with a language-modelling head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: DRTConfig) -> None:
         super().__init__(config)
@@ -319,7 +346,9 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
         return DRTCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -344,7 +373,9 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = DRTCache(self.config)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
-    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any):
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any
+    ):
         """Remember where the prompt ends: its last chunk closes there."""
         cache = model_kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()

@@ -28,13 +28,17 @@ def check_inputs(
     given = input_ids if input_ids is not None else inputs_embeds
     shape = tuple(given.shape[:2])
     if given.dim() != (2 if input_ids is not None else 3) or 0 in shape:
-        raise ValueError(f"the input must be (batch, length) tokens with both at least 1, got {tuple(given.shape)}")
+        raise ValueError(
+            f"the input must be (batch, length) tokens with both at least 1, got {tuple(given.shape)}"
+        )
     if input_ids is not None:
         lowest, highest = (int(bound) for bound in input_ids.aminmax())
         if lowest < 0 or highest >= config.vocab_size:
             raise ValueError(f"token ids must lie in [0, {config.vocab_size}), got {lowest} to {highest}")
     if chunk_ends is not None and tuple(chunk_ends.shape) != shape:
-        raise ValueError(f"chunk_ends must have the shape of the input, {shape}, got {tuple(chunk_ends.shape)}")
+        raise ValueError(
+            f"chunk_ends must have the shape of the input, {shape}, got {tuple(chunk_ends.shape)}"
+        )
     if past_key_values is not None:
         _check_cache(past_key_values, shape[0])
     return None if attention_mask is None else _new_part_of_mask(attention_mask, shape, past_key_values)

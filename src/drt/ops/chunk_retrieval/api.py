@@ -142,7 +142,9 @@ def _gather_landmarks(blocks: list[Tensor], chunk_indices: Tensor, query: Tensor
         inside = (chunk_indices >= offset) & (chunk_indices < offset + block.shape[1])
         row, at, slot = inside.nonzero(as_tuple=True)
         if len(row):
-            chosen = chosen.index_put((row, at, slot), block[row, chunk_indices[row, at, slot] - offset].to(chosen))
+            chosen = chosen.index_put(
+                (row, at, slot), block[row, chunk_indices[row, at, slot] - offset].to(chosen)
+            )
         offset += block.shape[1]
     return chosen
 

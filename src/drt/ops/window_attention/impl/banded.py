@@ -24,7 +24,7 @@ def window_attention(
     scale: float,
 ) -> Tensor:
     """Arguments as in `drt.ops.window_attention.window_attention`."""
-    batch, length, heads, dim = query.shape
+    _batch, length, _heads, _dim = query.shape
     past = key.shape[1] - length
     block = min(length, MAX_BLOCK)
     blocks = -(-length // block)
@@ -38,7 +38,9 @@ def window_attention(
     first = torch.full((1,), max(front, 0), device=query.device) if key_start is None else key_start + front
     query = pad(query * scale, (0, 0, 0, 0, 0, tail)).transpose(1, 2).unflatten(2, (blocks, block))
     span = block + reach
-    key, value = (x.unfold(2, span, block).transpose(-1, -2) for x in (key, value))  # (B, h_kv, blocks, span, D)
+    key, value = (
+        x.unfold(2, span, block).transpose(-1, -2) for x in (key, value)
+    )  # (B, h_kv, blocks, span, D)
     bias = _bias(block, span, window, alibi_slopes, query)
     reaching = min(blocks, -(-int(first.max()) // block))  # blocks with slots before the first key
     missing = _missing(first, reaching, block, span) if reaching > 0 else None
@@ -66,12 +68,14 @@ def _missing(first: Tensor, reaching: int, block: int, span: int) -> Tensor:
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, missing: Tensor | None) -> Tensor:
     """(B, h, blocks, b, D) queries over (B, h_kv, blocks, span, D) keys."""
     heads, kv_heads = query.shape[1], key.shape[1]
-    blocks, block = query.shape[2:4]
+    _blocks, block = query.shape[2:4]
     grouped = query.unflatten(1, (kv_heads, heads // kv_heads)).transpose(2, 3).flatten(3, 4)
     scores = grouped @ key.transpose(-1, -2)  # (B, h_kv, blocks, heads / h_kv * b, span)
     scores = scores.view(*scores.shape[:3], -1, block, scores.shape[-1])
-    scores = scores + bias.view(1, -1, 1, 1, *bias.shape[1:]) if bias.shape[0] == 1 else scores + bias.view(
-        1, kv_heads, 1, -1, *bias.shape[1:]
+    scores = (
+        scores + bias.view(1, -1, 1, 1, *bias.shape[1:])
+        if bias.shape[0] == 1
+        else scores + bias.view(1, kv_heads, 1, -1, *bias.shape[1:])
     )
     if missing is None:
         weights = torch.softmax(scores, -1)
@@ -83,5 +87,4 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, missing: Te
         head = torch.softmax(head, -1).masked_fill(hidden, 0)
         weights = torch.cat([head, torch.softmax(scores[:, :, reaching:], -1)], 2)
     output = weights.flatten(3, 4) @ value
-    output = output.unflatten(3, (-1, block)).transpose(2, 3).flatten(1, 2)
-    return output
+    return output.unflatten(3, (-1, block)).transpose(2, 3).flatten(1, 2)
