@@ -12,7 +12,7 @@ from drt.data import tokens
 from drt.data.haystack import Haystack
 from drt.data.tokens import TextCodec
 
-TEXT = "Bücher – 一頁 😀\n\tnaïve |ab=12345|"
+TEXT = "Bücher: 一頁 😀\n\tnaïve |ab=12345|"
 
 
 class CountingTokenizer:

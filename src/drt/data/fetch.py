@@ -221,7 +221,8 @@ def _finished(output: Path, packages: tuple[Package, ...]) -> dict[str, Any] | N
         raise DRTError(
             f"{path}: wanted a manifest in JSON; delete the file to fetch anew: {error}"
         ) from error
-    if manifest.get("packages") != [_describe(package) for package in packages]:
+    wanted = [_describe(package) for package in packages]
+    if not isinstance(manifest, dict) or manifest.get("packages") != wanted:
         return None
     for name, file in manifest["files"].items():
         if not (output / name).exists() or _sha256(output / name) != file["sha256"]:
