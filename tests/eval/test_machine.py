@@ -1,0 +1,51 @@
+"""What the machine tells about a process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from drt.eval import machine
+
+MEGABYTE = 10**6
+
+
+def test_peak_memory_grows_with_what_is_held_and_stays() -> None:
+    code = (
+        "from drt.eval.machine import peak_rss_bytes\n"
+        "before = peak_rss_bytes()\n"
+        "held = b'x' * 200_000_000\n"
+        "during = peak_rss_bytes()\n"
+        "del held\n"
+        "print(before, during, peak_rss_bytes())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    before, during, after = map(int, done.stdout.split())
+    assert 180 * MEGABYTE < during - before < 260 * MEGABYTE
+    assert abs(after - during) < 20 * MEGABYTE  # the kernel counts pages a little late
+
+
+def test_without_proc_the_operating_system_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = machine.peak_rss_bytes()
+    monkeypatch.setattr(machine, "Path", lambda path: tmp_path / "nothing")
+    assert 0.5 * expected < machine.peak_rss_bytes() < 10 * expected  # getrusage may count the parent's peak
+    assert machine.processor_name()
+
+
+def test_the_clock_counts_seconds() -> None:
+    start = machine.clock(torch.device("cpu"))
+    time.sleep(0.02)
+    assert 0.02 <= machine.clock(torch.device("cpu")) - start < 5
+
+
+def test_the_processor_has_a_name() -> None:
+    name = machine.processor_name()
+    assert name
+    assert "\n" not in name

@@ -1,0 +1,196 @@
+"""Records: one line each, read back exactly; files that were cut short; summaries."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drt.errors import DRTError
+from drt.eval.results import (
+    EvaluationRecord,
+    RecordWriter,
+    format_length,
+    from_line,
+    read_records,
+    summarise,
+    to_line,
+)
+
+MakeRecord = Callable[..., EvaluationRecord]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"generated": 'a "quoted"\n|line\u2028 and \U0001f600', "correct": True},
+        {"peak_device_bytes": 5, "settings": {"hops": 2, "chains": 3}, "haystack": []},
+        {"prefill_seconds": 3},  # JSON does not tell 3 from 3.0
+    ],
+)
+def test_a_record_comes_back(make_record: MakeRecord, changes: dict[str, Any]) -> None:
+    line = to_line(make_record(**changes))
+    assert "\n" not in line
+    assert from_line(line) == make_record(**changes)
+
+
+def test_the_fields_that_tables_and_other_programs_read(make_record: MakeRecord) -> None:
+    fields = [
+        "task",
+        "length",
+        "depth",
+        "expected",
+        "generated",
+        "correct",
+        "tokens_per_second",
+        "peak_rss_bytes",
+    ]
+    assert set(fields) <= json.loads(to_line(make_record())).keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"length": "1024"}, "length: wanted int, got '1024'"),
+        ({"length": 1024.0}, r"length: wanted int, got 1024\.0"),
+        ({"length": True}, "length: wanted int, got True"),
+        ({"correct": 1}, "correct: wanted bool, got 1"),
+        ({"depth": None}, "depth: wanted float, got None"),
+        ({"depth": False}, "depth: wanted float, got False"),
+        ({"expected": 12345}, "expected: wanted str, got 12345"),
+        ({"peak_device_bytes": "0"}, r"peak_device_bytes: wanted int \| None"),
+        ({"haystack": "words"}, r"haystack: wanted list\[str\]"),
+        ({"haystack": [1]}, r"haystack: wanted list\[str\]"),
+        ({"settings": {"hops": 2.5}}, r"settings: wanted dict\[str, int\]"),
+        ({"settings": []}, r"settings: wanted dict\[str, int\]"),
+    ],
+)
+def test_values_of_another_type_are_refused(
+    make_record: MakeRecord, changes: dict[str, Any], message: str
+) -> None:
+    line = json.dumps(json.loads(to_line(make_record())) | changes)
+    with pytest.raises(ValueError, match=message):
+        from_line(line)
+
+
+def test_other_fields_are_refused(make_record: MakeRecord) -> None:
+    values = json.loads(to_line(make_record()))
+    values["accuracy"] = values.pop("correct")
+    with pytest.raises(ValueError, match=r"missing \['correct'\], unknown \['accuracy'\]"):
+        from_line(json.dumps(values))
+
+
+@pytest.mark.parametrize("line", ["", "{", "[]", "3", "null"])
+def test_what_is_no_object_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match=r"Expecting|wanted a JSON object"):
+        from_line(line)
+
+
+def write(path: Path, records: list[EvaluationRecord], append: bool = False) -> None:
+    with RecordWriter(path, append) as writer:
+        for record in records:
+            writer.write(record)
+
+
+def test_a_file_of_records(tmp_path: Path, make_record: MakeRecord) -> None:
+    path = tmp_path / "records.jsonl"
+    records = [make_record(index=index) for index in range(3)]
+    write(path, records)
+    assert read_records(path) == read_records(str(path)) == records
+    write(path, records[:1])  # begins anew
+    assert read_records(path) == records[:1]
+    write(path, records[1:], append=True)
+    assert read_records(path) == records
+
+
+def test_every_line_is_in_the_file_as_soon_as_it_is_written(tmp_path: Path, make_record: MakeRecord) -> None:
+    path = tmp_path / "records.jsonl"
+    with RecordWriter(path) as writer:
+        for count in (1, 2):
+            writer.write(make_record())
+            assert len(read_records(path)) == count
+
+
+@pytest.mark.parametrize("kept", [1, 20, -1])
+def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path, make_record: MakeRecord, kept: int) -> None:
+    path = tmp_path / "records.jsonl"
+    records = [make_record(index=index, generated="é\n") for index in range(3)]
+    write(path, records)
+    whole = path.read_bytes()
+    last = whole.rfind(b"\n", 0, -1) + 1
+    path.write_bytes(whole[: last + kept] if kept > 0 else whole[:kept])
+    assert read_records(path) == records[:2]
+    write(path, records[2:], append=True)
+    assert path.read_bytes() == whole
+
+
+def test_to_append_to_nothing_begins_a_file(tmp_path: Path, make_record: MakeRecord) -> None:
+    write(tmp_path / "new.jsonl", [make_record()], append=True)
+    (tmp_path / "cut.jsonl").write_text('{"task": "sin')  # killed in its first line
+    assert read_records(tmp_path / "cut.jsonl") == []
+    write(tmp_path / "cut.jsonl", [make_record()], append=True)
+    assert read_records(tmp_path / "new.jsonl") == read_records(tmp_path / "cut.jsonl") == [make_record()]
+
+
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, make_record: MakeRecord) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text(f"{to_line(make_record())}\n{{}}\n{to_line(make_record())}\n")
+    with pytest.raises(DRTError, match=re.escape(f"{path}, line 2: not an evaluation record: wanted the")):
+        read_records(path)
+
+
+def test_a_file_that_cannot_be_read_or_written_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    with pytest.raises(DRTError, match=re.escape(f"{path}: cannot be read as records")):
+        read_records(path)
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(DRTError, match=re.escape(f"{path}: cannot be read as records")):
+        read_records(path)
+    for append in (False, True):
+        with pytest.raises(DRTError, match="below: cannot be written"):
+            RecordWriter(path / "below", append)
+
+
+def test_summaries(make_record: MakeRecord) -> None:
+    records = [
+        make_record(task="multikey", length=64, correct=True, prefill_seconds=1.0),
+        make_record(length=128, prefill_seconds=2.0, decode_seconds_per_token=0.1, peak_rss_bytes=5),
+        make_record(length=128, prefill_seconds=6.0, decode_seconds_per_token=0.3, peak_rss_bytes=9),
+        make_record(length=64, correct=True, peak_device_bytes=3),
+        make_record(length=128, checkpoint="other", correct=True, peak_device_bytes=4),
+    ]
+    found = summarise(records)
+    assert [(row.checkpoint, row.task, row.length, row.correct, row.samples) for row in found] == [
+        ("tiny", "multikey", 64, 1, 1),
+        ("tiny", "single", 64, 1, 1),
+        ("tiny", "single", 128, 0, 2),
+        ("other", "single", 128, 1, 1),
+    ]
+    both = found[2]
+    assert both.prefill_seconds == 4.0  # of a text
+    assert both.tokens_per_second == 2 * 128 / 8.0  # all tokens in all the time, not the mean of speeds
+    assert both.decode_seconds_per_token == pytest.approx(0.2)
+    assert both.peak_rss_bytes == 9
+    assert [row.peak_device_bytes for row in found] == [None, 3, None, 4]
+    assert summarise([]) == []
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        (1, "1"),
+        (1000, "1000"),
+        (1024, "1K"),
+        (1025, "1025"),
+        (65536, "64K"),
+        (2**20, "1M"),
+        (3 * 2**19, "1536K"),
+    ],
+)
+def test_lengths_in_short(tokens: int, text: str) -> None:
+    assert format_length(tokens) == text
