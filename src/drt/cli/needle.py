@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
+from drt.cli.shared import choose_device, choose_dtype, reading_progress
 from drt.errors import DRTError, Interrupted
 
 if TYPE_CHECKING:
-    import torch
-
     from drt.eval.needle import NeedlePlan, SampleKey
     from drt.eval.results import EvaluationRecord
 
@@ -127,7 +124,7 @@ def needle(
         torch.set_num_threads(threads)
     folder = shipped_checkpoint() if checkpoint is None else checkpoint
     model, tokenizer = load_model(folder, choose_dtype(dtype))
-    model.to(choose_device(device))
+    model.to(choose_device(device))  # type: ignore[arg-type]
     text = load_haystack(haystack)
 
     name = folder.name if checkpoint is None else str(folder)
@@ -172,39 +169,6 @@ def check_outputs(records: Path, picture: Path) -> None:
             raise DRTError(f"{option} {path}: cannot be written: {error.strerror}") from error
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto` is a GPU if there is one.
-
-    Raises:
-        DRTError: no such device here.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise DRTError(f"--device: wanted auto, cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DRTError(f"--device: got {name}, but PyTorch sees {torch.cuda.device_count()} GPUs here")
-    return device
-
-
-def choose_dtype(name: str | None) -> torch.dtype | None:
-    """The dtype of that name, None for None.
-
-    Raises:
-        DRTError: neither float32 nor bfloat16.
-    """
-    import torch
-
-    dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-    if name not in dtypes:
-        raise DRTError(f"--dtype: wanted float32 or bfloat16, got {name!r}")
-    return dtypes[name]
-
-
 class Watch:
     """Shows on stderr how far an evaluation is: a bar on a terminal, and a line for each finished task and length.
 
@@ -217,16 +181,7 @@ class Watch:
         self.waiting = [key for key in plan.sample_keys() if key not in done]
         self.answered = self.found = 0
         self._group: list[EvaluationRecord] = []
-        console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("reading"),
-            BarColumn(),
-            _Tokens(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._progress = reading_progress()
         self._task = self._progress.add_task("", total=sum(length for _, length, _ in self.waiting))
 
     def __enter__(self) -> Watch:
@@ -256,15 +211,6 @@ class Watch:
             line = f"{record.task}, {format_length(record.length)}: found {found} of {len(self._group)}"
             self._progress.console.print(line, highlight=False)
             self._group = []
-
-
-class _Tokens(ProgressColumn):
-    """Tokens read, of how many, and how fast."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        shown = f"{task.completed:,.0f} of {task.total or 0:,.0f} tokens"
-        return Text(shown if speed is None else f"{shown}, {speed:,.0f} tokens/s")
 
 
 def write_all(
