@@ -84,12 +84,12 @@ def generate(
     model, tokenizer = load_model(
         shipped_checkpoint() if checkpoint is None else checkpoint, choose_dtype(dtype)
     )
-    model.to(target)
+    model.to(target)  # type: ignore[arg-type]
     ids = torch.from_numpy(TextCodec(tokenizer).encode(text)).long().to(target)[None]
     cache = read_segments(model, ids, tokens_a_pass)
     if not greedy:
         set_seed(seed or 0)
-    model.generate(
+    model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,

@@ -51,7 +51,7 @@ def prefill_products(config: DRTConfig, segment_size: int, context_length: float
             over a whole prompt give half its length.
     """
     size = config.hidden_size
-    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    heads, (kv_heads, head_dim) = config.num_attention_heads, config.key_value_shape
     window, slots, top_k = config.sliding_window, config.chunk_size, config.retrieval_top_k
     chunks = segment_size / slots
     positions = segment_size + chunks
@@ -83,7 +83,8 @@ def prefill_products(config: DRTConfig, segment_size: int, context_length: float
 def _block(name: str, layers: int, positions: float, config: DRTConfig) -> list[MatrixProduct]:
     """Projections of an attention and an MLP, `layers` times."""
     size, inner_size = config.hidden_size, config.intermediate_size
-    kv_size = config.num_key_value_heads * config.head_dim
+    kv_heads, head_dim = config.key_value_shape
+    kv_size = kv_heads * head_dim
     return [
         MatrixProduct(f"{name} q, o", "projection", 2 * layers, 1, positions, size, size),
         MatrixProduct(f"{name} k, v", "projection", 2 * layers, 1, positions, size, kv_size),

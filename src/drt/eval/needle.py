@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -168,7 +168,7 @@ def _evaluate(
                 index=key[2],
                 seed=plan.seed,
                 expected=sample.expected,
-                generated=tokenizer.decode(generated),
+                generated=cast(str, tokenizer.decode(generated)),
                 correct=is_correct(sample, generated),
                 tokens_per_second=length * len(keys) / answers.prefill_seconds,
                 prefill_seconds=answers.prefill_seconds / len(keys),
@@ -247,7 +247,7 @@ def _read_and_answer(
             on_progress(segment.numel())
     read = clock(device)
     ids = prompts.to(device).long()
-    sequences = model.generate(
+    sequences = model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,

@@ -100,7 +100,8 @@ def _fits(value: Any, kind: str) -> bool:
         return isinstance(value, dict) and all(_fits(item, "int") for item in value.values())
     if kind == "int | None":
         return value is None or isinstance(value, int)
-    return isinstance(value, {"str": str, "int": int, "float": (int, float)}[kind])
+    kinds: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}
+    return isinstance(value, kinds[kind])
 
 
 def read_records(path: Path | str) -> list[EvaluationRecord]:

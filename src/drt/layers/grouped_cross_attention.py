@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,12 +57,12 @@ class _Rearrange(torch.autograd.Function):
     """Gather rows by an injective index (-1: anything); the backward pass gathers by the inverse index."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
         return rows.index_select(0, index.clamp_min(0))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         gathered = grad.index_select(0, inverse.clamp_min(0))
         return gathered.masked_fill_((inverse < 0).view(-1, *[1] * (grad.dim() - 1)), 0), None, None

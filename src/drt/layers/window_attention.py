@@ -31,6 +31,8 @@ class WindowAttention(nn.Module):
         rope_theta: base of the rotary angles.
     """
 
+    alibi_slopes: Tensor | None
+
     def __init__(
         self,
         hidden_size: int,

@@ -37,7 +37,7 @@ class DeviceStore:
     def __init__(self, page_size: int | None = None) -> None:
         if page_size is not None and page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
-        self._page_size = page_size
+        self._page_size = page_size or 0  # 0: the first append chooses
         self._pages: list[_Page] = []
         self._counts = torch.zeros(0, dtype=torch.long)
 
@@ -51,7 +51,7 @@ class DeviceStore:
         batch_size, offered = keys.shape[:2]
         if len(self._counts) == 0:
             self._counts = torch.zeros(batch_size, dtype=torch.long)
-        if self._page_size is None:
+        if self._page_size == 0:
             chunk_bytes = 2 * keys[0, :1].numel() * keys.element_size() * batch_size
             self._page_size = max(64, PAGE_BYTES // max(chunk_bytes, 1))
         after = self._counts + new_counts

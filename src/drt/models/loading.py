@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -92,7 +92,7 @@ def _load_weights(
     level = reporter.level
     reporter.setLevel(logging.ERROR)
     try:
-        return model_class.from_pretrained(
+        loaded = model_class.from_pretrained(
             folder,
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,
@@ -100,6 +100,7 @@ def _load_weights(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+        return cast(tuple[PreTrainedModel, dict[str, Any]], loaded)  # a pair, as output_loading_info asks
     finally:
         reporter.setLevel(level)
 

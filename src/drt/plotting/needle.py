@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
 from drt.eval.results import EvaluationRecord, format_length
@@ -43,8 +44,7 @@ def plot_needles(records: Sequence[EvaluationRecord]) -> Figure:
     bins = _count_depth_bins(records)
     panel_width, panel_height = max(2.4, 0.75 * len(lengths)), max(1.4, 0.32 * bins) + 0.9
     size = (panel_width * len(tasks) + 2.1, panel_height * len(checkpoints) + 0.5)
-    figure = Figure(figsize=size, layout="constrained")
-    figure.get_layout_engine().set(wspace=0.06, hspace=0.06)  # type: ignore[union-attr]
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.06))
     grid = figure.subplots(len(checkpoints), len(tasks), squeeze=False, sharey=True)
     for axes_row, checkpoint in zip(grid, checkpoints, strict=True):
         for axes, task in zip(axes_row, tasks, strict=True):
@@ -58,7 +58,7 @@ def plot_needles(records: Sequence[EvaluationRecord]) -> Figure:
     colours = ScalarMappable(Normalize(0, 100), COLOURS)
     bar = figure.colorbar(colours, ax=grid, ticks=range(0, 101, 25), aspect=16 * len(checkpoints))
     bar.set_label("answers right (%)", fontsize=10)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return figure
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -29,12 +31,14 @@ class WindowCacheLayer(CacheLayerMixin):
         self.keys, self.values = key_states[:, :0], value_states[:, :0]
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    def update(  # type: ignore[override]  # a third result: only our layers read this cache
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Take (B, L, h_kv, D); return held + new keys and values, and each row's first valid slot or None."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
         held_slots = self.keys.shape[1]
         keys, values = torch.cat([self.keys, key_states], 1), torch.cat([self.values, value_states], 1)
         if self.row_lengths is None and self.held is None:
@@ -51,16 +55,16 @@ class WindowCacheLayer(CacheLayerMixin):
         return keys, values, (held_slots - held).to(keys.device)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length + (self.keys.shape[1] if self.is_initialized else 0), 0
+        return query_length + self.get_seq_length(), 0
 
     def get_seq_length(self) -> int:
-        return self.keys.shape[1] if self.is_initialized else 0
+        return 0 if self.keys is None else self.keys.shape[1]
 
     def get_max_length(self) -> int:
         return -1
 
     def select_rows(self, rows: Tensor) -> None:
-        if self.is_initialized:
+        if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[rows], self.values[rows]
         if self.held is not None:
             self.held = self.held[rows.cpu()]
@@ -76,6 +80,8 @@ class DRTCache(Cache):
         config: the model's configuration.
         store: the chunk memory; ``None`` keeps it in pages on the model's device.
     """
+
+    layers: list[WindowCacheLayer]  # type: ignore[assignment]  # narrower than the base class's
 
     def __init__(self, config: DRTConfig, store: ChunkStore | None = None) -> None:
         super().__init__(
@@ -119,6 +125,7 @@ class DRTCache(Cache):
             self.open_states = self.open_states[rows]
         if self.open_lengths is not None:
             self.open_lengths = self.open_lengths[rows.cpu()]
+        if self.closed_counts is not None:
             self.closed_counts = self.closed_counts[rows.cpu()]
         self.selections = [
             None if held is None else RetrievedMemory(*(tensor[rows] for tensor in held))

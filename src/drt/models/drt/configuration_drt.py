@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -78,7 +78,7 @@ class DRTConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | None = 1
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if (
@@ -94,7 +94,14 @@ class DRTConfig(PreTrainedConfig):
         """Decoder layers, lower and upper."""
         return self.num_lower_layers + self.num_upper_layers
 
-    def validate_sizes(self):
+    @property
+    def key_value_shape(self) -> tuple[int, int]:
+        """(h_kv, D): key/value heads and their width, with what stood for ``None`` filled in."""
+        assert self.num_key_value_heads is not None  # both by __post_init__
+        assert self.head_dim is not None
+        return self.num_key_value_heads, self.head_dim
+
+    def validate_sizes(self) -> None:
         """Part of ``PreTrainedConfig`` validation: every size is at least its least useful value."""
         least = {
             "vocab_size": 1,
@@ -116,8 +123,10 @@ class DRTConfig(PreTrainedConfig):
             if value < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
-    def validate_heads(self):
+    def validate_heads(self) -> None:
         """Part of ``PreTrainedConfig`` validation: heads divide evenly."""
+        if self.num_key_value_heads is None or self.head_dim is None:
+            raise ValueError("num_key_value_heads and head_dim may be None only while a DRTConfig is made")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads must divide num_attention_heads, got {self.num_key_value_heads} and "
@@ -131,14 +140,14 @@ class DRTConfig(PreTrainedConfig):
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
 
-    def validate_groups(self):
+    def validate_groups(self) -> None:
         """Part of ``PreTrainedConfig`` validation: groups of upper layers are equal."""
         if self.num_upper_layers % self.num_groups:
             raise ValueError(
                 f"num_groups must divide num_upper_layers, got {self.num_groups} and {self.num_upper_layers}"
             )
 
-    def validate_position_embedding(self):
+    def validate_position_embedding(self) -> None:
         """Part of ``PreTrainedConfig`` validation: a known kind of position."""
         if self.position_embedding not in ("alibi", "rope"):
             raise ValueError(f'position_embedding must be "alibi" or "rope", got {self.position_embedding!r}')

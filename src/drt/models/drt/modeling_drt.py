@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,9 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
 
 from drt.layers.chunk_encoder import ChunkEncoder
 from drt.layers.grouped_cross_attention import GroupedCrossAttention, RetrievedMemory
@@ -84,7 +86,7 @@ class DRTUpperLayer(GradientCheckpointingLayer):
             self.grouped_cross_attention = GroupedCrossAttention(
                 config.hidden_size,
                 config.num_attention_heads,
-                config.head_dim,
+                config.key_value_shape[1],
                 config.sink,
                 config.rms_norm_eps,
             )
@@ -111,11 +113,13 @@ class DRTUpperLayer(GradientCheckpointingLayer):
 class DRTPreTrainedModel(PreTrainedModel):
     """What `DRTModel` and `DRTForCausalLM` share with the library's machinery."""
 
+    config: DRTConfig
     config_class = DRTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["DRTLowerLayer", "DRTUpperLayer", "ChunkEncoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    # The base class makes both of these attributes of each instance, so ClassVar would be wrong.
+    _no_split_modules = ["DRTLowerLayer", "DRTUpperLayer", "ChunkEncoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _is_stateful = True  # a chunk memory cannot be rolled back: assisted decoding must refuse
 
     @torch.no_grad()
@@ -141,18 +145,19 @@ class DRTModel(DRTPreTrainedModel):
         self.landmark_embedding = nn.Parameter(torch.empty(config.hidden_size))
         self.lower_layers = nn.ModuleList(DRTLowerLayer(config) for _ in range(config.num_lower_layers))
         if config.retrieval:
+            num_key_value_heads, head_dim = config.key_value_shape
             self.chunk_encoder = ChunkEncoder(
                 config.num_encoder_layers,
                 config.hidden_size,
                 config.intermediate_size,
                 config.num_attention_heads,
-                config.num_key_value_heads,
-                config.head_dim,
+                num_key_value_heads,
+                head_dim,
                 config.rope_theta,
                 config.rms_norm_eps,
                 config.encoder_rms_norm_eps,
             )
-            memory_width = config.num_key_value_heads * config.head_dim
+            memory_width = num_key_value_heads * head_dim
             self.chunk_k_proj = nn.Linear(config.hidden_size, memory_width, bias=False)
             self.chunk_v_proj = nn.Linear(config.hidden_size, memory_width, bias=False)
             self.retrievers = nn.ModuleList(
@@ -201,6 +206,7 @@ class DRTModel(DRTPreTrainedModel):
         )
         cache = self._cache(past_key_values, use_cache)
         source = input_ids if input_ids is not None else inputs_embeds
+        assert source is not None  # checked
         batch_size, length = source.shape[:2]
         layout = build_chunk_layout(
             batch_size,
@@ -215,7 +221,7 @@ class DRTModel(DRTPreTrainedModel):
         if cache is not None:
             cache.begin(layout)
         hidden_states = self._embed(source, layout)
-        states: list[WindowState | None] = (
+        states: Sequence[WindowState | None] = (
             [None] * self.config.num_hidden_layers if cache is None else cache.layers
         )
         for layer, state in zip(self.lower_layers, states, strict=False):
@@ -260,7 +266,7 @@ class DRTModel(DRTPreTrainedModel):
         hidden_states: Tensor,
         layout: ChunkLayout,
         cache: DRTCache | None,
-        states: list[WindowState | None],
+        states: Sequence[WindowState | None],
     ) -> tuple[Tensor, list[RetrievedMemory]]:
         """Groups of upper layers; returns their output and what each group retrieved."""
         memory = self._remember(hidden_states, layout, cache) if self.config.retrieval else None
@@ -268,7 +274,7 @@ class DRTModel(DRTPreTrainedModel):
         retrieved: list[RetrievedMemory] = []
         for number, layer in enumerate(self.upper_layers):
             if memory is not None and number % per_group == 0:
-                retriever = self.retrievers[number // per_group]
+                retriever: Retriever = self.retrievers[number // per_group]  # type: ignore[assignment]
                 gumbel = self.training and self.config.gumbel_noise
                 retrieved.append(memory.retrieve(number // per_group, retriever, hidden_states, gumbel))
             hidden_states = layer(
@@ -284,6 +290,8 @@ class DRTModel(DRTPreTrainedModel):
         """Encode the chunks that close in this pass and add them to the memory."""
         source = hidden_states
         if layout.carried:
+            assert cache is not None
+            assert cache.open_states is not None
             source = torch.cat([cache.open_states, hidden_states], 1)
         flat = source.flatten(0, 1)
         tokens, keys_out = flat[layout.encoder_index], hidden_states.flatten(0, 1)[layout.landmark_index]
@@ -292,7 +300,7 @@ class DRTModel(DRTPreTrainedModel):
         encoded, landmarks = self.chunk_encoder(
             tokens, keys_out, None if layout.full else layout.chunk_lengths
         )
-        head_dim = self.config.head_dim
+        _, head_dim = self.config.key_value_shape
         keys = self.chunk_k_proj(encoded).unflatten(-1, (-1, head_dim))
         values = self.chunk_v_proj(encoded).unflatten(-1, (-1, head_dim))
         return ChunkMemory(keys, values, landmarks, layout, cache)
@@ -301,7 +309,7 @@ class DRTModel(DRTPreTrainedModel):
 class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
     """DRT with a language-modelling head."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (no ClassVar in the base class)
 
     def __init__(self, config: DRTConfig) -> None:
         super().__init__(config)
@@ -371,11 +379,11 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
                     f"{generation_config.cache_implementation!r}"
                 )
             model_kwargs["past_key_values"] = DRTCache(self.config)
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any
-    ):
+    ) -> Any:
         """Remember where the prompt ends: its last chunk closes there."""
         cache = model_kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
@@ -387,7 +395,7 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
                 f"the prompt must go on after the {past} tokens that past_key_values holds, got {whole} tokens in all"
             )
         model_kwargs["prompt_length"] = whole
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)  # type: ignore[misc,arg-type]
 
     def prepare_inputs_for_generation(
         self,
@@ -398,7 +406,7 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Slice the inputs, and close the open chunk at the end of the prompt (and where ``chunk_ends`` says)."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc,arg-type]
         tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         cache = inputs.get("past_key_values")
         start = 0 if cache is None else cache.get_seq_length()
@@ -413,11 +421,12 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
 
 
 def _window_attention(config: DRTConfig) -> WindowAttention:
+    num_key_value_heads, head_dim = config.key_value_shape
     return WindowAttention(
         config.hidden_size,
         config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
+        num_key_value_heads,
+        head_dim,
         config.sliding_window,
         config.position_embedding,
         config.rope_theta,

@@ -26,11 +26,12 @@ def check_inputs(
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("exactly one of input_ids and inputs_embeds is wanted")
     given = input_ids if input_ids is not None else inputs_embeds
-    shape = tuple(given.shape[:2])
-    if given.dim() != (2 if input_ids is not None else 3) or 0 in shape:
+    assert given is not None
+    if given.dim() != (2 if input_ids is not None else 3) or 0 in given.shape[:2]:
         raise ValueError(
             f"the input must be (batch, length) tokens with both at least 1, got {tuple(given.shape)}"
         )
+    shape = (given.shape[0], given.shape[1])
     if input_ids is not None:
         lowest, highest = (int(bound) for bound in input_ids.aminmax())
         if lowest < 0 or highest >= config.vocab_size:

@@ -103,8 +103,10 @@ def _backward(
     problem = prepare(query, keys, values, *rest)
     weights = rest[1]
     if problem.blocks == 0:
-        contiguous = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (keys, values)]
-        return torch.empty_like(problem.query), *contiguous, torch.zeros_like(weights)
+        grad_keys, grad_values = (
+            torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (keys, values)
+        )
+        return torch.empty_like(problem.query), grad_keys, grad_values, torch.zeros_like(weights)
     grad_query, grad_keys, grad_values, grad_weights = backward(problem, log_sums, grad_output)
     return grad_query, grad_keys, grad_values, grad_weights.to(weights.dtype)
 
