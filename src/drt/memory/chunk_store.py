@@ -55,3 +55,7 @@ class ChunkStore(Protocol):
     def select_rows(self, rows: Tensor) -> None:
         """Row b becomes what row ``rows[b]`` was; rows: (B',) int64. Used by beam search and to repeat a batch."""
         ...
+
+    def clear(self) -> None:
+        """Forget every chunk and every row."""
+        ...

@@ -110,6 +110,9 @@ class DeviceStore:
                 rows.to(page.keys.device) if page.rows is None else page.rows[rows.to(page.keys.device)]
             )
 
+    def clear(self) -> None:
+        self._pages, self._counts = [], torch.zeros(0, dtype=torch.long)
+
     def _new_page(self, keys: Tensor, values: Tensor, landmarks: Tensor, lengths: Tensor) -> _Page:
         def room(like: Tensor) -> Tensor:
             return like.new_empty(like.shape[0], self._page_size, *like.shape[2:])

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from drt.errors import DRTError
 from drt.models.drt import DRTConfig, DRTForCausalLM
@@ -57,7 +58,7 @@ def load_model(
     try:
         model, info = _load_weights(model_class, folder, dtype)
     except (StrictDataclassError, ValueError) as error:
-        raise DRTError(f"{folder / 'config.json'}: {error}") from error
+        raise DRTError(f"{folder / 'config.json'}: {error.__cause__ or error}") from error
     except SafetensorError as error:
         raise DRTError(f"the weights in {folder} are truncated or damaged: {error}") from error
     except OSError as error:
@@ -87,10 +88,11 @@ def _model_class(folder: Path) -> type[PreTrainedModel]:
 def _load_weights(
     model_class: type[PreTrainedModel], folder: Path, dtype: torch.dtype | None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model, and which weights did not fit. What does not fit is reported once, by our error."""
+    """The model, and which weights did not fit. What does not fit is reported once, by our error; no bar is shown."""
     reporter = logging.getLogger("transformers.modeling_utils")
-    level = reporter.level
-    reporter.setLevel(logging.ERROR)
+    shows_bars = transformers_logging.is_progress_bar_enabled()
+    reporter.addFilter(_is_error)  # a filter: when the logger's level is raised, the library checks and prints more
+    transformers_logging.disable_progress_bar()
     try:
         loaded = model_class.from_pretrained(
             folder,
@@ -102,7 +104,13 @@ def _load_weights(
         )
         return cast(tuple[PreTrainedModel, dict[str, Any]], loaded)  # a pair, as output_loading_info asks
     finally:
-        reporter.setLevel(level)
+        reporter.removeFilter(_is_error)
+        if shows_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _describe(info: dict[str, Any]) -> list[str]:

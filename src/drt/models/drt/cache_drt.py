@@ -159,7 +159,7 @@ class DRTCache(Cache):
         for layer in self.layers:
             layer.keys = layer.values = layer.held = layer.row_lengths = None
             layer.is_initialized = False
-        self.store = type(self.store)()
+        self.store.clear()
         self.seen_tokens = 0
         self.open_states = self.open_lengths = self.closed_counts = None
         self.selections = [None] * len(self.selections)
