@@ -35,14 +35,21 @@ def window_attention(
     key, value = (
         pad(x, (0, 0, 0, 0, max(front, 0), tail))[:, max(-front, 0) :].transpose(1, 2) for x in (key, value)
     )
-    first = torch.full((1,), max(front, 0), device=query.device) if key_start is None else key_start + front
+    if key_start is None:
+        furthest = max(front, 0)
+        first = torch.full((1,), furthest, device=query.device)
+    else:
+        first = key_start + front
+        # Read before the overlapping views below are made: reading a number splits a compiled graph, and a view
+        # whose elements share memory must not be where two graphs meet (its gradient would be wrong).
+        furthest = int(first.max())
+    reaching = min(blocks, -(-furthest // block))  # blocks with slots before the first key
     query = pad(query * scale, (0, 0, 0, 0, 0, tail)).transpose(1, 2).unflatten(2, (blocks, block))
     span = block + reach
     key, value = (
         x.unfold(2, span, block).transpose(-1, -2) for x in (key, value)
     )  # (B, h_kv, blocks, span, D)
     bias = _bias(block, span, window, alibi_slopes, query)
-    reaching = min(blocks, -(-int(first.max()) // block))  # blocks with slots before the first key
     missing = _missing(first, reaching, block, span) if reaching > 0 else None
     output = _attend(query, key, value, bias, missing)
     return output.flatten(2, 3)[:, :, :length].transpose(1, 2)
