@@ -122,10 +122,11 @@ def needle(
     check_outputs(json, plot)
     if threads:
         torch.set_num_threads(threads)
+    target = choose_device(device)
+    text = load_haystack(haystack)
     folder = shipped_checkpoint() if checkpoint is None else checkpoint
     model, tokenizer = load_model(folder, choose_dtype(dtype))
-    model.to(choose_device(device))  # type: ignore[arg-type]
-    text = load_haystack(haystack)
+    model.to(target)  # type: ignore[arg-type]
 
     name = folder.name if checkpoint is None else str(folder)
     records = read_records(json) if resume and json.exists() else []

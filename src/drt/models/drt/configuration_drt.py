@@ -1,6 +1,6 @@
 """Configuration of the Differentiable Retrieval-based Transformer (arXiv 2410.01651)."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: it makes annotations strings, whose fields @strict does not check.
 
 from typing import Any, ClassVar
 
@@ -63,20 +63,20 @@ class DRTConfig(PreTrainedConfig):
     retrieval_top_k: int = 8
     sliding_window: int = 512
     position_embedding: str = "alibi"
-    rope_theta: float = 10000.0
+    rope_theta: float | int = 10000.0
     sink: bool = True
     landmark_predicts: bool = True
     gumbel_noise: bool = False
     learned_temperature: bool = False
     retrieval: bool = True
-    rms_norm_eps: float = 1e-5
-    encoder_rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    rms_norm_eps: float | int = 1e-5
+    encoder_rms_norm_eps: float | int = 1e-6
+    initializer_range: float | int = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
-    eos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
