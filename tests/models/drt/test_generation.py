@@ -243,7 +243,7 @@ def test_what_a_chunk_memory_cannot_do_is_refused(make_model, ids):
         model.generate(ids[:1], assistant_model=make_model(), **GREEDY)
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         model.generate(ids[:1], prompt_lookup_num_tokens=2, **GREEDY)
-    with pytest.raises(ValueError, match="inputs_embeds.* DRTForCausalLM doesn't have its forwarding"):
+    with pytest.raises(ValueError, match=r"inputs_embeds.* DRTForCausalLM doesn't have its forwarding"):
         model.generate(inputs_embeds=model.get_input_embeddings()(ids), **GREEDY)
     cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"cannot be cropped \(asked for -2\)"):
@@ -267,5 +267,5 @@ def test_other_caches_are_refused(make_model, ids):
 def test_a_cache_that_has_read_the_whole_prompt_is_refused(make_model, ids):
     model = make_model()
     cache = model(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="must go on after the 61 tokens .* got 61 tokens in all"):
+    with pytest.raises(ValueError, match=r"must go on after the 61 tokens .* got 61 tokens in all"):
         model.generate(ids, past_key_values=cache, **GREEDY)
