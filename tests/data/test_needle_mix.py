@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from drt.data.formats import NAMES
+from drt.data.formats import NAMES, name_uses
 from drt.data.haystack import Haystack
 from drt.data.needle_mix import IGNORED, MixBatch, NeedleMix, NeedleMixConfig
 from drt.data.tokens import TextCodec
@@ -279,6 +279,18 @@ def test_names_that_the_text_uses_are_not_used(byte_tokenizer: Any, bytes_codec:
     asked = [one for row in range(2) for one in questions(batch, row, bytes_codec)]
     assert asked
     assert not {one.question[1:3] for one in asked} & set(taken)
+
+
+def test_text_that_completes_a_needle_to_another_is_avoided(
+    byte_tokenizer: Any, bytes_codec: TextCodec
+) -> None:
+    # Behind a needle's last `|` the text often goes on with a name and `=`.
+    mix = NeedleMix([Haystack("".join(f"{name}=" for name in NAMES).encode())], byte_tokenizer)
+    batch = mix.batch(0, stage(rows=30, decoy_rate=0.0, hard_name_rate=0.0), seed=0)
+    for row in range(30):
+        uses = name_uses(bytes_codec.decode(batch.input_ids[row]))
+        for one in questions(batch, row, bytes_codec):
+            assert uses[one.question[1:3]] == 2  # the needle and the question
 
 
 @pytest.mark.parametrize(
