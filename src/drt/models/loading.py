@@ -91,7 +91,8 @@ def _load_weights(
     """The model, and which weights did not fit. What does not fit is reported once, by our error; no bar is shown."""
     reporter = logging.getLogger("transformers.modeling_utils")
     shows_bars = transformers_logging.is_progress_bar_enabled()
-    reporter.addFilter(_is_error)  # a filter: when the logger's level is raised, the library checks and prints more
+    # A filter: when the logger's level is raised, the library checks and prints more.
+    reporter.addFilter(_is_error)
     transformers_logging.disable_progress_bar()
     try:
         loaded = model_class.from_pretrained(
