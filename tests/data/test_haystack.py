@@ -60,15 +60,20 @@ def test_without_a_path_it_is_the_sample(paths: Any) -> None:
         ("a.bin", b"text\0and more", "wanted UTF-8 text, but the file is binary"),
         ("a.txt", "Bücher".encode("latin-1"), "wanted UTF-8 text, but the file is binary or in another"),
         ("a.txt", TEXT.decode().encode("utf-16"), "wanted UTF-8 text"),
-        ("a.gz", gzip.compress(b"text\0"), "wanted UTF-8 text, but the file is binary"),
+        ("a.gz", gzip.compress(b"text\0", mtime=0), "wanted UTF-8 text, but the file is binary"),
         ("a.xz", lzma.compress(TEXT)[:-5], r"wanted a whole \.xz file, but it is damaged"),
         ("a.xz", TEXT, r"wanted a whole \.xz file, but it is damaged"),
         ("a.xz", b"", r"wanted a whole \.xz file, but it is damaged"),
-        ("a.gz", gzip.compress(TEXT)[:-9], r"wanted a whole \.gz file, but it is damaged"),
-        ("a.gz", gzip.compress(TEXT)[:12] + b"\xff" * 30, r"wanted a whole \.gz file, but it is damaged"),
+        ("a.gz", gzip.compress(TEXT, mtime=0)[:-9], r"wanted a whole \.gz file, but it is damaged"),
+        (
+            "a.gz",
+            gzip.compress(TEXT, mtime=0)[:12] + b"\xff" * 30,
+            r"wanted a whole \.gz file, but it is damaged",
+        ),
         ("a.gz", TEXT, "cannot be read: Not a gzipped file"),
-        ("a.gz", gzip.compress(TEXT)[:-8] + bytes(8), "cannot be read: CRC check failed"),
+        ("a.gz", gzip.compress(TEXT, mtime=0)[:-8] + bytes(8), "cannot be read: CRC check failed"),
     ],
+    ids=lambda value: "" if isinstance(value, bytes) else None,
 )
 def test_a_file_that_is_no_text_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     path = tmp_path / name
