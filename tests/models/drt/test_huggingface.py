@@ -137,21 +137,17 @@ def test_gradient_checkpointing_changes_no_gradient(make_model, ids, changes):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
-@pytest.mark.parametrize("changes", [{}, {"position_embedding": "rope", "num_groups": 1}], ids=str)
-def test_compiled_training_step(make_model, ids, changes):
-    model = make_model(**changes).train()
-    eager = loss_and_gradients(model, ids)
+@pytest.mark.filterwarnings(
+    "ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning"
+)
+def test_compiled_training_step(make_model, ids):
+    model = make_model(num_groups=1, num_upper_layers=1).train()
+    loss, gradients = loss_and_gradients(model, ids)
+    torch._dynamo.reset()  # what other tests compiled
     compiled = torch.compile(model, backend="aot_eager")
+    expected = loss, {f"_orig_mod.{name}": gradient for name, gradient in gradients.items()}
     for _ in range(2):
-        assert_same_step(loss_and_gradients(compiled, ids), eager_names(eager))
-    longer = torch.cat([ids, ids], 1)  # another length, as a curriculum has
-    assert_same_step(loss_and_gradients(compiled, longer), eager_names(loss_and_gradients(model, longer)))
-
-
-def eager_names(step: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-    """As the parameters are called in a compiled model."""
-    return step[0], {f"_orig_mod.{name}": gradient for name, gradient in step[1].items()}
+        assert_same_step(loss_and_gradients(compiled, ids), expected)
 
 
 def test_bfloat16_training_step_is_near_float32(make_model, ids):
@@ -211,7 +207,9 @@ def test_lm_eval_runs_the_live_model(make_model):
 
     tokenizer = ByT5Tokenizer(extra_ids=0)
     model = make_model(vocab_size=len(tokenizer), eos_token_id=1)
-    harness = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, max_length=256, batch_size=2, add_bos_token=False)
+    harness = huggingface.HFLM(
+        pretrained=model, tokenizer=tokenizer, max_length=256, batch_size=2, add_bos_token=False
+    )
     pairs = [
         ("The grass is", " green and long."),
         ("Once upon a time, in a land far away,", " there"),
