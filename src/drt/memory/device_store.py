@@ -99,11 +99,15 @@ class DeviceStore:
         held = int(self._counts.max()) if len(self._counts) else 0
         blocks = []
         for number, page in enumerate(self._pages):
+            if number * self._page_size >= held:  # the longest row was dropped
+                break
             landmarks = page.landmarks[:, : held - number * self._page_size]
             blocks.append(landmarks if page.rows is None else landmarks[page.rows])
         return blocks
 
     def select_rows(self, rows: Tensor) -> None:
+        if len(self._counts) == 0:  # nothing was appended: the rows are not known yet
+            return
         self._counts = self._counts[rows.cpu()]
         for page in self._pages:
             page.rows = (

@@ -269,3 +269,21 @@ def test_a_cache_that_has_read_the_whole_prompt_is_refused(make_model, ids):
     cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"must go on after the 61 tokens .* got 61 tokens in all"):
         model.generate(ids, past_key_values=cache, **GREEDY)
+
+
+@pytest.mark.parametrize("rule", [{"retrieval": False}, {"landmark_predicts": False}], ids=str)
+@torch.no_grad()
+def test_beam_search_under_other_rules(make_model, ids, rule):
+    model = unsure(make_model(**rule))
+    sequences, _ = beam_search_by_hand(model, ids[:1, :20], beams=3)
+    assert torch.equal(model.generate(ids[:1, :20], num_beams=3, **GREEDY), sequences[:1])
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_without_closed_chunks_can_be_repeated(make_model, ids):
+    model = make_model()
+    cache = model(ids[:1, :3], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(2)
+    more = model(ids[:, 3:20], past_key_values=cache).logits
+    whole = model(torch.cat([ids[:1, :3].repeat(2, 1), ids[:, 3:20]], 1), use_cache=False).logits
+    torch.testing.assert_close(more, whole[:, 3:], rtol=1e-4, atol=1e-4)

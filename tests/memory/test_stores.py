@@ -1,0 +1,189 @@
+"""A chunk store against lists: appends, reads, choosing rows, growth without copies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from drt.memory import DeviceStore
+
+SIZE, HEADS, DIM, WIDTH = 3, 2, 4, 5  # tokens, heads and width of a chunk; width of a landmark
+
+
+class Lists:
+    """What a store should hold: a list of (keys, values, landmark, length) for each row."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows: list[list[tuple[Tensor, Tensor, Tensor, Tensor]]] = [[] for _ in range(rows)]
+
+    def append(self, offer: tuple[Tensor, ...], new_counts: Tensor) -> None:
+        for row, count in enumerate(new_counts.tolist()):
+            self.rows[row] += [tuple(tensor[row, n].clone() for tensor in offer) for n in range(count)]
+
+    def select_rows(self, rows: Tensor) -> None:
+        self.rows = [list(self.rows[row]) for row in rows.tolist()]
+
+    def assert_holds(self, store: DeviceStore) -> None:
+        """The same counts, chunks, lengths and landmarks."""
+        counts = [len(row) for row in self.rows]
+        assert store.counts.tolist() == counts
+        landmarks = torch.cat([torch.zeros(len(counts), 0, WIDTH), *store.landmark_blocks()], 1)
+        assert landmarks.shape == (len(counts), max(counts), WIDTH)
+        assert landmarks.isfinite().all()
+        for row, chunks in enumerate(self.rows):
+            if not chunks:
+                continue
+            indices = torch.full((len(counts), 1, len(chunks)), -1)
+            indices[row, 0] = torch.arange(len(chunks))
+            keys, values, lengths = store.gather(indices)
+            for n, (key, value, landmark, length) in enumerate(chunks):
+                assert torch.equal(keys[row, 0, n], key)
+                assert torch.equal(values[row, 0, n], value)
+                assert torch.equal(landmarks[row, n], landmark)
+                assert lengths[row, 0, n] == length
+
+
+def offer(rows: int, chunks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys, values, landmarks and lengths of new chunks."""
+    keys, values = torch.randn(2, rows, chunks, SIZE, HEADS, DIM)
+    return keys, values, torch.randn(rows, chunks, WIDTH), torch.randint(1, SIZE + 1, (rows, chunks))
+
+
+def filled(page_size: int, *counts: int) -> DeviceStore:
+    store = DeviceStore(page_size=page_size)
+    store.append(*offer(len(counts), max(counts)), torch.tensor(counts))
+    return store
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 100, None])
+@pytest.mark.parametrize("seed", range(3))
+def test_any_appends_and_choices_of_rows(page_size: int | None, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(least: int, most: int, *shape: int) -> Tensor:
+        return torch.randint(least, most + 1, shape, generator=generator)
+
+    store, lists, rows = DeviceStore(page_size=page_size), Lists(2), 2
+    for step in range(12):
+        if step and number(0, 2) == 0:
+            chosen = number(0, rows - 1, int(number(1, 4)))
+            store.select_rows(chosen)
+            lists.select_rows(chosen)
+            rows = len(chosen)
+        else:
+            new = offer(rows, int(number(1, 4)))
+            counts = number(0, new[0].shape[1], rows)
+            store.append(*new, counts)
+            lists.append(new, counts)
+        lists.assert_holds(store)
+
+
+def test_slots_are_read_in_any_order_and_empty_ones_are_zeros() -> None:
+    store = DeviceStore(page_size=2)
+    new = offer(2, 5)
+    store.append(*new, torch.tensor([5, 5]))
+    indices = torch.tensor([[[4, 0, -1], [3, 3, 1]], [[-1, -1, -1], [-1, 2, 0]]])
+    keys, values, lengths = store.gather(indices)
+    assert keys.shape == values.shape == (2, 2, 3, SIZE, HEADS, DIM)
+    assert lengths.shape == indices.shape
+    for at in indices.ge(0).nonzero().tolist():
+        chunk = (at[0], int(indices[tuple(at)]))
+        assert torch.equal(keys[tuple(at)], new[0][chunk])
+        assert torch.equal(values[tuple(at)], new[1][chunk])
+        assert lengths[tuple(at)] == new[3][chunk]
+    for read in (keys, values, lengths):
+        assert read[indices < 0].count_nonzero() == 0
+
+
+def test_ragged_counts_take_the_first_of_what_is_offered() -> None:
+    store, lists = DeviceStore(page_size=2), Lists(3)
+    for counts in ([0, 3, 1], [2, 0, 1], [0, 0, 0], [3, 3, 3]):
+        new = offer(3, 3)
+        store.append(*new, torch.tensor(counts))
+        lists.append(new, torch.tensor(counts))
+        lists.assert_holds(store)
+
+
+def test_growth_copies_nothing_that_is_held() -> None:
+    store = filled(2, 3, 3)
+    held = list(store._pages)
+    addresses = [tensor.data_ptr() for page in held for tensor in (page.keys, page.values, page.landmarks)]
+    for _ in range(20):
+        store.append(*offer(2, 2), torch.tensor([2, 1]))
+    assert len(store._pages) == 22  # 43 chunks in the longer row
+    for before, after in zip(held, store._pages, strict=False):
+        assert before is after
+    after = [tensor.data_ptr() for page in held for tensor in (page.keys, page.values, page.landmarks)]
+    assert after == addresses
+
+
+def test_choosing_rows_copies_a_page_only_when_it_is_written_to() -> None:
+    store = filled(2, 5, 5)
+    held = [page.keys.data_ptr() for page in store._pages]
+    store.select_rows(torch.tensor([0, 0, 1]))
+    assert [page.keys.data_ptr() for page in store._pages] == held
+    store.append(*offer(3, 1), torch.ones(3, dtype=torch.long))
+    now = [page.keys.data_ptr() for page in store._pages]
+    assert now[:2] == held[:2], "full pages stay where they are"
+    assert now[2] != held[2]
+
+
+def test_rows_that_were_one_go_their_own_ways() -> None:
+    store, lists = DeviceStore(page_size=4), Lists(1)
+    for rows in (1, 3):
+        new, counts = offer(rows, 2), torch.full((rows,), 2)
+        store.append(*new, counts)
+        lists.append(new, counts)
+        store.select_rows(torch.zeros(3, dtype=torch.long))
+        lists.select_rows(torch.zeros(3, dtype=torch.long))
+    new = offer(3, 1)
+    store.append(*new, torch.tensor([1, 0, 1]))
+    lists.append(new, torch.tensor([1, 0, 1]))
+    lists.assert_holds(store)
+    keys = store.gather(torch.tensor([[[4]], [[-1]], [[4]]])).keys
+    assert not torch.equal(keys[0], keys[2])
+
+
+def test_what_is_held_is_not_what_was_offered() -> None:
+    """A later change of the offered tensors, or a gradient through them, does not reach the store."""
+    keys, values, landmarks, lengths = offer(1, 2)
+    before = keys.clone()
+    store = DeviceStore(page_size=2)
+    store.append(keys.requires_grad_(), values, landmarks, lengths, torch.tensor([2]))
+    with torch.no_grad():
+        keys.zero_()
+    read = store.gather(torch.tensor([[[0, 1]]])).keys[0, 0]
+    assert torch.equal(read, before[0])
+    assert not read.requires_grad
+
+
+def test_a_store_without_chunks() -> None:
+    store = DeviceStore()
+    store.select_rows(torch.tensor([0, 0, 0]))  # rows of nothing
+    assert store.counts.tolist() == []
+    assert list(store.landmark_blocks()) == []
+    filled_later = offer(3, 1)
+    store.append(*filled_later, torch.ones(3, dtype=torch.long))
+    assert store.counts.tolist() == [1, 1, 1]
+
+
+def test_clear_forgets_chunks_and_keeps_the_page_size() -> None:
+    store = filled(2, 3, 1)
+    store.clear()
+    assert store.counts.tolist() == []
+    assert list(store.landmark_blocks()) == []
+    lists, new = Lists(1), offer(1, 3)
+    store.append(*new, torch.tensor([3]))
+    lists.append(new, torch.tensor([3]))
+    lists.assert_holds(store)
+    assert len(store._pages) == 2
+
+
+def test_page_size() -> None:
+    with pytest.raises(ValueError, match="page_size must be at least 1, got 0"):
+        DeviceStore(page_size=0)
+    store = DeviceStore()
+    store.append(*offer(1, 1), torch.tensor([1]))
+    page = store._pages[0].keys
+    assert 2 * page.numel() * page.element_size() <= 32 * 2**20 < 3 * page.numel() * page.element_size()
