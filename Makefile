@@ -12,7 +12,7 @@ WORKERS ?= $(shell nproc)
 # A million tokens of real text, needles hidden in it, and the answers.
 demo: $(VENV)/.run-installed
 	mkdir -p demo
-	$(BIN)/drt needle --length 1M --json demo/needle.jsonl --plot demo/needle.png
+	$(BIN)/drt needle --length 1M --task single,multikey --samples 1 --json demo/needle.jsonl --plot demo/needle.png
 
 # One thread a process: two processes with two threads each on two cores slow each other tenfold.
 test: lint

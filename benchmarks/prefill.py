@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
         "--lengths", default="16K,64K,256K,1M", help="prompt lengths in tokens (default: %(default)s)"
     )
     parser.add_argument(
-        "--segment-size", default="16K", help="tokens of one forward pass (default: %(default)s)"
+        "--segment-size", default="4K", help="tokens of one forward pass (default: %(default)s)"
     )
     parser.add_argument(
         "--decode-tokens", type=int, default=128, help="tokens to decode (default: %(default)s)"

@@ -47,7 +47,7 @@ def generate(
     ] = None,
     segment_size: Annotated[
         str, typer.Option(metavar="N", help="Tokens read in one pass; more of them take more memory.")
-    ] = "16K",
+    ] = "4K",
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")
     ] = "auto",

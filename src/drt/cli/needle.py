@@ -70,7 +70,7 @@ def needle(
     ] = False,
     segment_size: Annotated[
         str, typer.Option(metavar="N", help="Tokens read in one pass; more of them take more memory.")
-    ] = "16K",
+    ] = "4K",
     batch_size: Annotated[
         int,
         typer.Option(min=0, help="Texts read together; 0: as many as fit one pass. Answers are the same."),

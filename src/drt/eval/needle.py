@@ -102,7 +102,7 @@ def evaluate_needles(
     plan: NeedlePlan,
     *,
     checkpoint: str,
-    segment_size: int = 16384,
+    segment_size: int = 4096,
     batch_size: int | None = None,
     done: Collection[SampleKey] = (),
     on_progress: Callable[[int], None] | None = None,

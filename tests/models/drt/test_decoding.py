@@ -80,6 +80,20 @@ def test_a_ragged_row_has_the_logits_it_has_alone(make_model, ids, rule, sizes):
 
 
 @torch.no_grad()
+def test_padding_between_two_passes_is_no_text(make_model, ids):
+    """Further turns of a batch may be ragged too: padded at the left of the new part."""
+    model = make_model()
+    cache = DRTCache(model.config, DeviceStore(page_size=3))
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, 20:29] = 0
+    together = read(model, ids[:, :40], [20, 4, 16], cache, attention_mask=mask)
+    for row in (0, 1):
+        text = ids[row : row + 1, :40][:, mask[row].bool()]
+        alone = model(text, use_cache=False).logits[0]
+        torch.testing.assert_close(together[row][mask[row].bool()], alone, **TOLERANCE)
+
+
+@torch.no_grad()
 def test_the_future_is_not_seen(make_model, ids):
     model = make_model()
     changed = ids.clone()

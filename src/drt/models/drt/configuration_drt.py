@@ -127,7 +127,7 @@ class DRTConfig(PreTrainedConfig):
         """Part of ``PreTrainedConfig`` validation: heads divide evenly."""
         if self.num_key_value_heads is None or self.head_dim is None:
             raise ValueError("num_key_value_heads and head_dim may be None only while a DRTConfig is made")
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % max(self.num_key_value_heads, 1):
             raise ValueError(
                 f"num_key_value_heads must divide num_attention_heads, got {self.num_key_value_heads} and "
                 f"{self.num_attention_heads}"
@@ -142,7 +142,7 @@ class DRTConfig(PreTrainedConfig):
 
     def validate_groups(self) -> None:
         """Part of ``PreTrainedConfig`` validation: groups of upper layers are equal."""
-        if self.num_upper_layers % self.num_groups:
+        if self.num_upper_layers % max(self.num_groups, 1):  # 0 is refused by validate_sizes
             raise ValueError(
                 f"num_groups must divide num_upper_layers, got {self.num_groups} and {self.num_upper_layers}"
             )

@@ -25,7 +25,7 @@ from drt.models.drt.cache_drt import DRTCache
 from drt.models.drt.chunk_layout import ChunkLayout, build_chunk_layout
 from drt.models.drt.configuration_drt import DRTConfig
 from drt.models.drt.memory_drt import ChunkMemory
-from drt.models.drt.validation import check_inputs
+from drt.models.drt.validation import check_inputs, check_labels
 from drt.ops.window_attention import alibi_slopes
 
 logger = logging.get_logger(__name__)
@@ -338,6 +338,7 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
             labels: (B, L) token ids aligned with ``input_ids`` (shifted inside), -100 where nothing is scored.
             logits_to_keep: logits of the last n positions only (0: all), or of the positions in a tensor.
         """
+        check_labels(labels, input_ids if input_ids is not None else inputs_embeds)
         if use_cache is None and labels is not None:
             use_cache = False
         outputs = self.model(

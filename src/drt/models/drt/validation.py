@@ -45,6 +45,14 @@ def check_inputs(
     return None if attention_mask is None else _new_part_of_mask(attention_mask, shape, past_key_values)
 
 
+def check_labels(labels: Tensor | None, source: Tensor | None) -> None:
+    """Check that labels, where there are any, have the shape (B, L) of the input."""
+    if labels is not None and source is not None and labels.shape != source.shape[:2]:
+        raise ValueError(
+            f"labels must have the shape of the input, {tuple(source.shape[:2])}, got {tuple(labels.shape)}"
+        )
+
+
 def _check_cache(cache: object, batch_size: int) -> None:
     if not isinstance(cache, DRTCache):
         raise ValueError(f"past_key_values must be a DRTCache, got {type(cache).__name__}")
