@@ -80,7 +80,7 @@ def _model_class(folder: Path) -> type[PreTrainedModel]:
     except ValueError as error:
         raise DRTError(f"{path} is damaged, not JSON: {error}") from error
     model_type = settings.get("model_type") if isinstance(settings, dict) else None
-    if model_type not in _MODELS:
+    if not isinstance(model_type, str) or model_type not in _MODELS:
         raise DRTError(f"{path}: wanted model_type {' or '.join(_MODELS)}, got {model_type!r}")
     return _MODELS[model_type]
 
@@ -130,5 +130,6 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise DRTError(f"{folder} holds no tokenizer; save the one that the model was trained with into it")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    # Attributes, keys and types: the library trusts that the JSON files hold objects.
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise DRTError(f"the tokenizer in {folder} cannot be read: {error}") from error

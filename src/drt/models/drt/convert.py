@@ -115,7 +115,7 @@ def convert_state_dict(
         chunk_id: the embedding row that is their landmark.
 
     Raises:
-        DRTError: a parameter without a counterpart here.
+        DRTError: no embedding, or one of another shape than the configuration's.
     """
     per_group = config.num_upper_layers // config.num_groups
     converted = {}
@@ -130,9 +130,14 @@ def convert_state_dict(
         converted[ours] = tensor
     if "model.embed_tokens.weight" not in converted:
         raise DRTError("the checkpoint holds no model.embed_tokens.weight: is it one of the authors'?")
-    converted["model.landmark_embedding"] = converted["model.embed_tokens.weight"][chunk_id].clone()
+    embedding = converted["model.embed_tokens.weight"]
+    if embedding.shape != (config.vocab_size, config.hidden_size):
+        raise DRTError(
+            f"model.embed_tokens.weight is {tuple(embedding.shape)}, wanted {config.vocab_size, config.hidden_size}"
+        )
+    converted["model.landmark_embedding"] = embedding[chunk_id].clone()
     if config.tie_word_embeddings:
-        converted.setdefault("lm_head.weight", converted["model.embed_tokens.weight"])
+        converted.setdefault("lm_head.weight", embedding)
     return converted
 
 

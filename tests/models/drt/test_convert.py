@@ -1,0 +1,112 @@
+"""The authors' names and settings become ours; what does not fit is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import ByT5Tokenizer
+
+from drt.errors import DRTError
+from drt.models.drt import DRTForCausalLM
+from drt.models.drt.convert import config_from_authors, convert_authors_checkpoint, convert_state_dict
+from drt.models.loading import load_model
+
+DATA = Path(__file__).parents[2] / "data"
+SETTINGS: dict[str, Any] = json.loads((DATA / "drt_x1.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, Tensor]:
+    """What the authors' code holds and computes."""
+    return load_file(DATA / "drt_x1.safetensors")
+
+
+@pytest.fixture
+def parameters(recorded: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("param."): x for name, x in recorded.items() if name.startswith("param.")}
+
+
+def convert(parameters: dict[str, Tensor], folder: Path, **changes: Any) -> DRTForCausalLM:
+    """Through files, as a user does."""
+    folder.mkdir(exist_ok=True)
+    save_file(parameters, folder / "theirs.safetensors")
+    (folder / "theirs.json").write_text(json.dumps(SETTINGS | changes))
+    return convert_authors_checkpoint(folder / "theirs.safetensors", folder / "theirs.json", folder / "ours")
+
+
+@torch.no_grad()
+def test_converted_saved_and_loaded_it_gives_their_logits(recorded, parameters, tmp_path):
+    returned = convert(parameters, tmp_path)
+    ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "ours")
+    model, _ = load_model(tmp_path / "ours")
+    logits = model(recorded["input_ids"]).logits
+    assert (logits - recorded["logits"]).abs().max() < 1e-4
+    assert torch.equal(returned.eval()(recorded["input_ids"]).logits, logits)
+
+
+def test_every_parameter_is_theirs(parameters):
+    """Each of ours is one of theirs, unchanged; the landmark is a row of their embedding."""
+    config = config_from_authors(SETTINGS)
+    converted = convert_state_dict(parameters, config, SETTINGS["chunk_id"])
+    assert converted.keys() == DRTForCausalLM(config).state_dict().keys()
+    theirs = {tensor.data_ptr() for tensor in parameters.values()}
+    landmark = converted.pop("model.landmark_embedding")
+    assert torch.equal(landmark, parameters["model.embed_tokens.weight"][SETTINGS["chunk_id"]])
+    assert {tensor.data_ptr() for tensor in converted.values()} == theirs
+
+
+def test_settings(parameters):
+    config = config_from_authors(SETTINGS)
+    assert (config.sliding_window, config.chunk_size, config.retrieval_top_k) == (41, 63, 2)
+    assert (config.num_lower_layers, config.num_upper_layers, config.num_groups) == (2, 2, 1)
+    assert (config.sink, config.landmark_predicts, config.position_embedding) == (True, False, "alibi")
+    other = config_from_authors(SETTINGS | {"enable_alibi": False, "decoder_layers": [3, 2, 2]})
+    assert (other.position_embedding, other.num_upper_layers, other.num_groups) == ("rope", 4, 2)
+
+
+def test_layers_of_several_groups_are_counted_through(parameters):
+    """Their upper layers are numbered (group, layer); ours go on from group to group."""
+    config = config_from_authors(SETTINGS | {"decoder_layers": [2, 1, 1]})
+    regrouped = {name.replace("upper_layers.0.1.", "upper_layers.1.0."): x for name, x in parameters.items()}
+    expected = convert_state_dict(parameters, config_from_authors(SETTINGS), SETTINGS["chunk_id"])
+    converted = convert_state_dict(regrouped, config, SETTINGS["chunk_id"])
+    upper = [name for name in expected if "upper_layers." in name]
+    assert any("upper_layers.1." in name for name in upper)
+    for name in upper:
+        assert torch.equal(converted[name], expected[name])
+
+
+def test_names_that_do_not_fit(parameters, tmp_path):
+    norm = parameters.pop("model.norm.weight")
+    with pytest.raises(DRTError, match=r"does not fit .*theirs\.json: missing model\.norm\.weight$"):
+        convert(parameters, tmp_path)
+    with pytest.raises(DRTError, match=r"missing model\.norm\.weight; unknown model\.nrom\.weight$"):
+        convert(parameters | {"model.nrom.weight": norm}, tmp_path)
+    with pytest.raises(DRTError, match=r"theirs\.json: unknown model\.extra$"):
+        convert(parameters | {"model.norm.weight": norm, "model.extra": torch.ones(2)}, tmp_path)
+    with pytest.raises(DRTError, match=r"no model\.embed_tokens\.weight: is it one of the authors'\?"):
+        convert({"weight": norm}, tmp_path)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_shapes_that_do_not_fit(parameters, tmp_path):
+    with pytest.raises(DRTError, match=r"theirs\.json: model\.norm\.weight is \(65,\), wanted \(64,\)$"):
+        convert(parameters | {"model.norm.weight": torch.ones(65)}, tmp_path)
+    with pytest.raises(DRTError, match=r"gate_proj\.weight is \(96, 64\), wanted \(128, 64\)"):
+        convert(parameters, tmp_path, intermediate_size=128)
+    with pytest.raises(DRTError, match=r"missing model\.lower_layers\.2"):
+        convert(parameters, tmp_path, decoder_layers=[3, 2])
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (50, 64), (101, 64, 1)], ids=str)
+def test_an_embedding_of_another_shape(parameters, tmp_path, shape):
+    """It is looked into before shapes are compared: that must not fail in another way."""
+    with pytest.raises(DRTError, match=r"embed_tokens\.weight is \(.*\), wanted \(101, 64\)"):
+        convert(parameters | {"model.embed_tokens.weight": torch.ones(shape)}, tmp_path)

@@ -1,0 +1,215 @@
+"""`load_model`: a good folder loads; of a bad one the error says what is wrong and where."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import ByT5Tokenizer
+
+from drt.errors import DRTError
+from drt.models.drt import DRTConfig, DRTForCausalLM
+from drt.models.loading import load_model, shipped_checkpoint
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `save_pretrained` writes it."""
+    folder = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    config = DRTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_lower_layers=1,
+        num_upper_layers=1,
+        num_encoder_layers=1,
+        num_attention_heads=2,
+        chunk_size=7,
+        retrieval_top_k=2,
+        sliding_window=10,
+    )
+    DRTForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+@pytest.fixture
+def refused(folder: Path) -> Callable[..., str]:
+    """The message with which the folder is refused; always a DRTError."""
+
+    def load(path: Path = folder) -> str:
+        with pytest.raises(DRTError) as refusal:
+            load_model(path)
+        assert str(path) in str(refusal.value), "the message names the folder"
+        return str(refusal.value)
+
+    return load
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    weights = load_file(folder / WEIGHTS)
+    change(weights)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def test_a_good_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = load_model(folder)
+    assert isinstance(model, DRTForCausalLM)
+    assert not model.training
+    assert model.dtype == torch.float32
+    stored = load_file(folder / WEIGHTS)
+    assert all(torch.equal(parameter, stored[name]) for name, parameter in model.named_parameters())
+    assert tokenizer.decode(tokenizer.encode("Näh.", add_special_tokens=False)) == "Näh."
+    assert capsys.readouterr() == ("", "")
+    assert load_model(str(folder), torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_stored_dtype_is_kept(folder: Path) -> None:
+    DRTForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    assert load_model(folder)[0].dtype == torch.bfloat16
+
+
+def test_no_folder(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert refused(tmp_path / "none").startswith("no checkpoint folder at ")
+    (tmp_path / "file").touch()
+    assert refused(tmp_path / "file").startswith("no checkpoint folder at ")
+    (tmp_path / "empty").mkdir()
+    assert "is not a checkpoint folder: config.json: No such file" in refused(tmp_path / "empty")
+
+
+def test_another_architecture(refused: Callable[..., str], folder: Path) -> None:
+    change_config(folder, model_type="llama")
+    assert "config.json: wanted model_type drt, got 'llama'" in refused()
+    change_config(folder, model_type=["drt"])
+    assert "wanted model_type drt, got ['drt']" in refused()
+    for content in ("{}", "[]", "7"):
+        (folder / "config.json").write_text(content)
+        assert "wanted model_type drt, got None" in refused()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"model_type": "drt"', b"\xff\xfe\x00"])
+def test_a_damaged_configuration(refused: Callable[..., str], folder: Path, content: bytes) -> None:
+    (folder / "config.json").write_bytes(content)
+    assert "config.json is damaged, not JSON" in refused()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"num_attention_heads": 3}, "num_key_value_heads must divide num_attention_heads, got 2 and 3"),
+        ({"hidden_size": "16"}, "'hidden_size' expected int, got str"),
+        ({"position_embedding": "sinus"}, "got 'sinus'"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_makes_no_sense(
+    refused: Callable[..., str], folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    change_config(folder, **changes)
+    found = refused()
+    assert found.startswith(f"{folder / 'config.json'}: ")
+    assert message in found
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 200, -1000, -1])
+def test_truncated_weights(refused: Callable[..., str], folder: Path, kept: int) -> None:
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[:kept])
+    assert "are truncated or damaged" in refused()
+
+
+@pytest.mark.parametrize("place", [0, 7, 8, 20, 100])
+def test_a_damaged_header(refused: Callable[..., str], folder: Path, place: int) -> None:
+    damaged = bytearray((folder / WEIGHTS).read_bytes())
+    damaged[place : place + 4] = b"\xff\xfe\xff\xfe"
+    (folder / WEIGHTS).write_bytes(bytes(damaged))
+    assert "are truncated or damaged" in refused()
+
+
+def test_no_weights(refused: Callable[..., str], folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    found = refused()
+    assert f"the weights in {folder} cannot be read" in found
+    assert WEIGHTS in found
+
+
+class Harmful:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_pickled_weights_only(refused: Callable[..., str], folder: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    (folder / WEIGHTS).unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Harmful(mark)))
+    assert "cannot be read" in refused()
+    assert not mark.exists(), "pickled code must not run"
+
+
+def test_weights_that_do_not_fit(refused: Callable[..., str], folder: Path) -> None:
+    change_weights(folder, lambda weights: weights.pop("model.norm.weight"))
+    assert f"the weights in {folder} do not fit its config.json: missing model.norm.weight" in refused()
+    change_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(17)}))
+    assert "model.norm.weight is (17,), wanted (16,)" in refused()
+    change_weights(
+        folder, lambda weights: weights.update({"model.norm.weight": torch.ones(16), "more": torch.ones(1)})
+    )
+    assert refused().endswith("do not fit its config.json: unknown more")
+
+
+def test_a_configuration_of_other_sizes(refused: Callable[..., str], folder: Path) -> None:
+    change_config(folder, num_lower_layers=2)
+    assert re.search(r"missing model\.lower_layers\.1\..*; \.\.\.$", refused()), "five are named, then dots"
+    change_config(folder, num_lower_layers=1, intermediate_size=24)
+    assert "is (16, 16), wanted (24, 16)" in refused()
+    change_config(folder, intermediate_size=16, retrieval=False)
+    assert "unknown model.chunk_" in refused()
+
+
+def test_no_tokenizer(refused: Callable[..., str], folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name not in ("config.json", WEIGHTS, "generation_config.json"):
+            path.unlink()
+    assert "holds no tokenizer; save the one that the model was trained with into it" in refused()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"tokenizer_class": "Nothing"}'])
+def test_a_damaged_tokenizer(refused: Callable[..., str], folder: Path, content: str) -> None:
+    for path in folder.glob("*token*"):
+        path.unlink()
+    (folder / "tokenizer_config.json").write_text(content)
+    assert f"the tokenizer in {folder} cannot be read" in refused()
+
+
+def test_the_checkpoints_that_ship() -> None:
+    with pytest.raises(DRTError, match="ships no checkpoint nonsense; name a folder with --checkpoint"):
+        shipped_checkpoint("nonsense")
