@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -243,17 +244,9 @@ def results_table(records: list[EvaluationRecord]) -> Table:
     """One row for each task and length."""
     from drt.eval.results import format_length, summarise
 
-    table = Table(title=f"Needles found by {records[0].checkpoint}")
+    table = Table(title=f"Needles found by {records[0].checkpoint}", box=SIMPLE_HEAD)  # fits 80 columns
     table.add_column("task")
-    for name in (
-        "length",
-        "found",
-        "accuracy",
-        "seconds a text",
-        "tokens/s",
-        "ms a generated token",
-        "peak memory",
-    ):
+    for name in ("length", "found", "share", "s a text", "tokens/s", "ms a token", "peak RAM"):
         table.add_column(name, justify="right")
     for row in summarise(records):
         memory = f"{row.peak_rss_bytes / 1e6:,.0f} MB"
@@ -262,7 +255,7 @@ def results_table(records: list[EvaluationRecord]) -> Table:
         table.add_row(
             row.task,
             format_length(row.length),
-            f"{row.correct} of {row.samples}",
+            f"{row.correct}/{row.samples}",
             f"{row.correct / row.samples:.1%}",
             f"{row.prefill_seconds:,.1f}",
             f"{row.tokens_per_second:,.0f}",
