@@ -69,7 +69,7 @@ def test_records_picture_and_table(needle: Run, checkpoint: Path) -> None:
         assert line["haystack"] == ["sample"]
     assert Path("needle.png").read_bytes().startswith(b"\x89PNG")
     assert result.stderr == "single, 512: found 0 of 2\n"  # no bar where stderr is no terminal
-    for shown in ("single", "0 of 2", "0.0%", "MB", "records: needle.jsonl, picture: needle.png"):
+    for shown in ("single", "0/2", "0.0%", "MB", "records: needle.jsonl, picture: needle.png"):
         assert shown in result.stdout
 
 
@@ -123,7 +123,7 @@ def test_resume_does_only_the_rest(needle: Run) -> None:
     assert len(again) == 2
     expected = [(r["index"], r["expected"], r["generated"]) for r in map(json.loads, lines)]
     assert [(r["index"], r["expected"], r["generated"]) for r in map(json.loads, again)] == expected
-    assert "0 of 2" in result.stdout  # the table is of all
+    assert "0/2" in result.stdout  # the table is of all
 
 
 def test_resume_of_what_is_finished_reads_nothing(needle: Run, monkeypatch: pytest.MonkeyPatch) -> None:
