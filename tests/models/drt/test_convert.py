@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,17 @@ def test_settings(parameters):
 
 def test_layers_of_several_groups_are_counted_through(parameters):
     """Their upper layers are numbered (group, layer); ours go on from group to group."""
-    config = config_from_authors(SETTINGS | {"decoder_layers": [2, 1, 1]})
-    regrouped = {name.replace("upper_layers.0.1.", "upper_layers.1.0."): x for name, x in parameters.items()}
-    expected = convert_state_dict(parameters, config_from_authors(SETTINGS), SETTINGS["chunk_id"])
-    converted = convert_state_dict(regrouped, config, SETTINGS["chunk_id"])
-    upper = [name for name in expected if "upper_layers." in name]
-    assert any("upper_layers.1." in name for name in upper)
+    config = config_from_authors(SETTINGS | {"decoder_layers": [2, 2, 2]})
+    second = {name.replace("upper_layers.0.", "upper_layers.1."): x + 1 for name, x in parameters.items()}
+    retriever = {"model.lmk_norms.1.weight": parameters["model.lmk_norms.0.weight"]}
+    converted = convert_state_dict(second | retriever | parameters, config, SETTINGS["chunk_id"])
+    assert converted.keys() == DRTForCausalLM(config).state_dict().keys()
+    upper = [name for name in converted if re.search(r"upper_layers\.[01]\.", name)]
+    assert len({name.split(".")[2] for name in upper}) == 2
     for name in upper:
-        assert torch.equal(converted[name], expected[name])
+        number = int(name.split(".")[2])
+        later = name.replace(f"upper_layers.{number}", f"upper_layers.{number + 2}")
+        assert torch.equal(converted[later], converted[name] + 1)
 
 
 def test_names_that_do_not_fit(parameters, tmp_path):

@@ -188,7 +188,7 @@ def test_alibi_is_a_penalty_on_distance() -> None:
     torch.testing.assert_close(output[:, -1], expected)
 
 
-@pytest.mark.parametrize("offset", [0, 1000, 10**7])
+@pytest.mark.parametrize("offset", [0, 1000, 10**9])
 def test_rope_scores_depend_on_the_difference_of_positions_only(offset: int) -> None:
     query, key, *_ = draw(20, heads=2, kv_heads=2)
     positions = torch.arange(20)
@@ -198,7 +198,7 @@ def test_rope_scores_depend_on_the_difference_of_positions_only(offset: int) -> 
         apply_rope(query, positions + offset, 1e4),
         apply_rope(key, positions + offset, 1e4),
     )
-    torch.testing.assert_close(far, near, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(far, near, rtol=1e-6, atol=1e-6)
     assert (near - torch.einsum("bqhd,bkhd->bhqk", query, key)).abs().max() > 0.1
 
 
