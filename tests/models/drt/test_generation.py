@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor
@@ -287,3 +289,21 @@ def test_rows_of_a_cache_without_closed_chunks_can_be_repeated(make_model, ids):
     more = model(ids[:, 3:20], past_key_values=cache).logits
     whole = model(torch.cat([ids[:1, :3].repeat(2, 1), ids[:, 3:20]], 1), use_cache=False).logits
     torch.testing.assert_close(more, whole[:, 3:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_no_step_copies_the_mask_of_the_whole_text(make_model, ids, monkeypatch):
+    """At a million tokens those copies would cost more than the model."""
+    model = make_model()
+    shapes = []
+    forward = model.forward
+
+    def watch(*args, attention_mask=None, position_ids=None, **kwargs):
+        shapes.append([None if t is None else tuple(t.shape) for t in (attention_mask, position_ids)])
+        return forward(*args, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+
+    watch.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(model, "forward", watch)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    assert len(shapes) == 4
+    assert all(later == [None, None] for later in shapes[1:])

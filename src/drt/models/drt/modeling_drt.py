@@ -398,6 +398,15 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
         model_kwargs["prompt_length"] = whole
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)  # type: ignore[misc,arg-type]
 
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Drop what says nothing of the tokens to come: the library would copy it whole for every token of a text."""
+        if outputs.get("past_key_values") is not None:
+            for name in ("attention_mask", "position_ids"):
+                model_kwargs.pop(name, None)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
