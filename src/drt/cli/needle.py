@@ -249,7 +249,7 @@ def results_table(records: list[EvaluationRecord]) -> Table:
     for name in ("length", "found", "share", "s a text", "tokens/s", "ms a token", "peak RAM"):
         table.add_column(name, justify="right")
     for row in summarise(records):
-        memory = f"{row.peak_rss_bytes / 1e6:,.0f} MB"
+        memory = f"{row.peak_rss_bytes / 1e6:.0f} MB"
         if row.peak_device_bytes is not None:
             memory += f", GPU {row.peak_device_bytes / 1e6:,.0f} MB"
         table.add_row(
