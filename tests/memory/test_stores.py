@@ -187,3 +187,7 @@ def test_page_size() -> None:
     store.append(*offer(1, 1), torch.tensor([1]))
     page = store._pages[0].keys
     assert 2 * page.numel() * page.element_size() <= 32 * 2**20 < 3 * page.numel() * page.element_size()
+    large = 1 + 32 * 2**20 // (2 * page[0, 0].numel() * page.element_size())
+    store = DeviceStore()
+    store.append(*offer(2, large), torch.tensor([large, 1]))
+    assert len(store._pages) == 1, "a pass's chunks lie in one page"

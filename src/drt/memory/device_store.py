@@ -31,7 +31,8 @@ class DeviceStore:
     change of each page's row map; only a page that is written to again is copied first.
 
     Args:
-        page_size: chunks in a page; ``None`` takes as many as fill 32 MiB, at least 64.
+        page_size: chunks in a page; ``None`` takes as many as fill 32 MiB, and at least 64 and those of the first
+            append, so that the pages of a long text are no more than the passes that read it.
     """
 
     def __init__(self, page_size: int | None = None) -> None:
@@ -53,7 +54,7 @@ class DeviceStore:
             self._counts = torch.zeros(batch_size, dtype=torch.long)
         if self._page_size == 0:
             chunk_bytes = 2 * keys[0, :1].numel() * keys.element_size() * batch_size
-            self._page_size = max(64, PAGE_BYTES // max(chunk_bytes, 1))
+            self._page_size = max(64, offered, PAGE_BYTES // max(chunk_bytes, 1))
         after = self._counts + new_counts
         while len(self._pages) * self._page_size < int(after.max()):
             self._pages.append(self._new_page(keys, values, landmarks, lengths))
