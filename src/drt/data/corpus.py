@@ -1,0 +1,236 @@
+"""A corpus on disk: documents as token ids in memory-mapped shards, described by a manifest.
+
+    manifest.json                  tokenizer, dtype, and for each split its shards with sizes and checksums
+    tokenizer/                     the tokenizer, as `save_pretrained` writes it
+    train-00000.tokens.bin         token ids, little-endian uint16 or uint32, one document after the other
+    train-00000.documents.bin      (N, 2) little-endian int64: tokens and UTF-8 bytes of each document
+    train-00000.names.jsonl        a JSON string a line: the name of each document
+
+A document never spans shards. Where the manifest's `document_end` is not null, every document ends with that token:
+it is counted in the document's tokens and not in its bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drt.errors import DRTError
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+FORMAT = 1
+SPLITS = ("train", "validation", "test")
+DTYPES = {"uint16": "<u2", "uint32": "<u4"}
+DOCUMENT_DTYPE = "<i8"
+
+Tokens = NDArray[np.uint16] | NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a corpus folder holds.
+
+    Args:
+        folder: the corpus.
+        dtype: `uint16` or `uint32`.
+        tokenizer: `name`, `fingerprint` (see `drt.data.tokenizer`), `vocab_size` and `document_end` (id or None).
+        splits: for each split `documents`, `tokens`, `bytes` and `shards`; a shard has a `name`, the same three
+            counts, and `files`: name -> `size` in bytes and `sha256`.
+        sources: where the text came from, in plain values.
+    """
+
+    folder: Path
+    dtype: str
+    tokenizer: dict[str, Any]
+    splits: dict[str, dict[str, Any]]
+    sources: list[dict[str, Any]]
+
+
+def read_manifest(folder: Path | str) -> Manifest:
+    """The manifest of a corpus folder.
+
+    Raises:
+        DRTError: there is none, it is damaged, or of another format.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DRTError(
+            f"{folder} is no corpus: it has no {MANIFEST}. `drt data prepare` makes one, and writes it last"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DRTError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else values
+        raise DRTError(f"{path}: wanted a corpus of format {FORMAT}, got {found!r}")
+    try:
+        return Manifest(
+            folder, values["dtype"], values["tokenizer"], dict(values["splits"]), values["sources"]
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DRTError(f"{path}: damaged, {error} is missing or wrong") from error
+
+
+class Corpus:
+    """The documents of one split, memory-mapped: opening costs 16 bytes of memory a document.
+
+    Attributes:
+        manifest: of the folder.
+        split: `train`, `validation` or `test`.
+        document_lengths: (N,) int64, tokens of each document, its end token included.
+        document_bytes: (N,) int64, UTF-8 bytes of each document's text.
+        document_starts: (N + 1,) int64, where each document begins in the stream of all tokens; the last is its end.
+    """
+
+    def __init__(self, manifest: Manifest, split: str) -> None:
+        self.manifest = manifest
+        self.split = split
+        if split not in manifest.splits:
+            raise DRTError(
+                f"{manifest.folder} has no split {split!r}; it has {', '.join(manifest.splits) or 'none'}"
+            )
+        self._shards = manifest.splits[split]["shards"]
+        for shard in self._shards:
+            for name, file in shard["files"].items():
+                _check_size(manifest.folder / name, file["size"])
+        self._maps = [self._map(shard) for shard in self._shards]
+        documents = [self._documents(shard) for shard in self._shards]
+        table = np.concatenate([*documents, np.empty((0, 2), np.int64)])
+        self.document_lengths: NDArray[np.int64] = table[:, 0].copy()
+        self.document_bytes: NDArray[np.int64] = table[:, 1].copy()
+        self.document_starts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(self.document_lengths)])
+        self._shard_starts = np.cumsum([0, *(len(tokens) for tokens in self._maps)])
+
+    def __len__(self) -> int:
+        return len(self.document_lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents."""
+        return int(self.document_starts[-1])
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of all documents' texts."""
+        return int(self.document_bytes.sum())
+
+    @property
+    def document_end(self) -> int | None:
+        """The token that ends every document, or None."""
+        end = self.manifest.tokenizer["document_end"]
+        return None if end is None else int(end)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The name of each document; read when it is first asked for."""
+        files = (self.manifest.folder / f"{shard['name']}.names.jsonl" for shard in self._shards)
+        return [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
+
+    def document(self, index: int) -> Tokens:
+        """(T,) token ids of a document, a read-only view of the file.
+
+        Raises:
+            IndexError: no document of that index; it counts from 0.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index}: wanted 0..{len(self) - 1}")
+        return self.tokens(int(self.document_starts[index]), int(self.document_starts[index + 1]))
+
+    def tokens(self, start: int, stop: int) -> Tokens:
+        """(stop - start,) tokens of the stream of all documents; a view where they lie in one shard.
+
+        Raises:
+            IndexError: unless 0 <= start <= stop <= num_tokens.
+        """
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens {start}..{stop}: wanted 0 <= start <= stop <= {self.num_tokens}")
+        first, last = np.searchsorted(self._shard_starts[1:], [start, stop - 1], side="right")
+        parts = [
+            self._maps[number][max(start - self._shard_starts[number], 0) : stop - self._shard_starts[number]]
+            for number in range(first, last + 1)
+            if start < stop
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, self._dtype)])
+
+    def verify(self) -> None:
+        """Compare every file with its checksum; reads the whole split.
+
+        Raises:
+            DRTError: a file is damaged; the message names it.
+        """
+        for shard in self._shards:
+            for name, file in shard["files"].items():
+                path = self.manifest.folder / name
+                with path.open("rb") as opened:
+                    found = hashlib.file_digest(opened, "sha256").hexdigest()
+                if found != file["sha256"]:
+                    raise DRTError(
+                        f"{path} is damaged: wanted SHA-256 {file['sha256']}, got {found}; "
+                        "fetch or prepare the corpus anew"
+                    )
+
+    @property
+    def _dtype(self) -> str:
+        try:
+            return DTYPES[self.manifest.dtype]
+        except KeyError:
+            raise DRTError(
+                f"{self.manifest.folder / MANIFEST}: wanted dtype {' or '.join(DTYPES)}, got {self.manifest.dtype!r}"
+            ) from None
+
+    def _map(self, shard: dict[str, Any]) -> Tokens:
+        path = self.manifest.folder / f"{shard['name']}.tokens.bin"
+        return np.memmap(path, self._dtype, mode="r", shape=(shard["tokens"],))
+
+    def _documents(self, shard: dict[str, Any]) -> NDArray[np.int64]:
+        path = self.manifest.folder / f"{shard['name']}.documents.bin"
+        table = np.fromfile(path, DOCUMENT_DTYPE).reshape(-1, 2).astype(np.int64)
+        if len(table) != shard["documents"] or table[:, 0].sum() != shard["tokens"]:
+            raise DRTError(f"{path} is damaged: its documents are not those that {MANIFEST} counts")
+        return table
+
+
+def open_corpus(
+    folder: Path | str, split: str, *, fingerprint: str | None = None, verify: bool = False
+) -> Corpus:
+    """Open one split of a corpus.
+
+    Args:
+        folder: the corpus.
+        split: `train`, `validation` or `test`.
+        fingerprint: of the tokenizer that the model reads with; a corpus of another one is refused.
+        verify: also compare every file with its checksum, which reads it all.
+
+    Raises:
+        DRTError: no corpus, no such split, a file that is missing, truncated or damaged, another tokenizer.
+    """
+    manifest = read_manifest(folder)
+    made_with = manifest.tokenizer["fingerprint"]
+    if fingerprint is not None and fingerprint != made_with:
+        raise DRTError(
+            f"{folder} was made with another tokenizer ({manifest.tokenizer['name']}): "
+            f"wanted fingerprint {fingerprint[:12]}, got {made_with[:12]}"
+        )
+    corpus = Corpus(manifest, split)
+    if verify:
+        corpus.verify()
+    return corpus
+
+
+def _check_size(path: Path, wanted: int) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise DRTError(f"{path}: a file of the corpus cannot be read: {error.strerror}") from error
+    if found != wanted:
+        raise DRTError(f"{path} is damaged: wanted {wanted} bytes, got {found}")
