@@ -14,7 +14,7 @@ import torch
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from drt.cli.app import INTERRUPTED
-from drt.eval.results import read_records
+from drt.eval.results import NeedleRecord, read_records
 from drt.models import loading
 from drt.models.drt import DRTForCausalLM
 
@@ -49,7 +49,7 @@ def refused(refuses: Run, checkpoint: Path) -> Run:
 
 def answers(path: Path | str = "needle.jsonl") -> list[tuple[Any, ...]]:
     """What does not depend on how fast it went."""
-    return [(r.task, r.length, r.index, r.expected, r.generated) for r in read_records(path)]
+    return [(r.task, r.length, r.index, r.expected, r.generated) for r in read_records(path, NeedleRecord)]
 
 
 def test_records_picture_and_table(needle: Run, checkpoint: Path) -> None:
@@ -83,7 +83,7 @@ def test_options_reach_the_evaluation(needle: Run, tmp_path: Path) -> None:
         *("--json", json_path, "--plot", picture, "--batch-size", "1", "--threads", "1"),
         *("--segment-size", "200"),
     )
-    records = read_records(json_path)
+    records = read_records(json_path, NeedleRecord)
     assert [(record.length, record.task) for record in records] == [
         (400, "multikey"),
         (400, "multihop"),
@@ -102,14 +102,14 @@ def test_a_seed_repeats_a_run_whatever_the_batches(needle: Run) -> None:
     needle("--json", "b.jsonl", "--batch-size", "2", "--segment-size", "300")
     needle("--json", "c.jsonl", "--seed", "8")
     assert answers("a.jsonl") == answers("b.jsonl")
-    assert {record.batch_size for record in read_records("b.jsonl")} == {2}
+    assert {record.batch_size for record in read_records("b.jsonl", NeedleRecord)} == {2}
     assert not {row[3] for row in answers("a.jsonl")} & {row[3] for row in answers("c.jsonl")}
 
 
 def test_without_resume_the_records_are_replaced(needle: Run) -> None:
     needle("--samples", "1")
     needle("--samples", "1", "--seed", "8")
-    assert [record.seed for record in read_records("needle.jsonl")] == [8]
+    assert [record.seed for record in read_records("needle.jsonl", NeedleRecord)] == [8]
 
 
 def test_resume_does_only_the_rest(needle: Run) -> None:
@@ -186,7 +186,7 @@ def test_by_default_it_is_the_checkpoint_that_ships(
     monkeypatch.setattr(loading, "SHIPPED", tmp_path)
     result = drt("needle", *SHORT, "--samples", "1")
     assert result.exit_code == 0, result.output
-    assert [record.checkpoint for record in read_records("needle.jsonl")] == ["needle-tiny"]
+    assert [record.checkpoint for record in read_records("needle.jsonl", NeedleRecord)] == ["needle-tiny"]
 
 
 def test_an_installation_without_a_checkpoint_says_so(

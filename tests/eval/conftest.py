@@ -11,7 +11,7 @@ import torch
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from drt.data.haystack import Haystack
-from drt.eval.results import EvaluationRecord
+from drt.eval.results import NeedleRecord
 from drt.models.drt import DRTConfig, DRTForCausalLM
 
 CONFIG = {
@@ -53,7 +53,7 @@ def haystack() -> Haystack:
 
 
 @pytest.fixture
-def make_record() -> Callable[..., EvaluationRecord]:
+def make_record() -> Callable[..., NeedleRecord]:
     """A record with defaults: `make_record(task="single", depth=0.1, ...)`."""
     values: dict[str, Any] = {
         "task": "single",
@@ -76,4 +76,4 @@ def make_record() -> Callable[..., EvaluationRecord]:
         "haystack": ["words"],
         "settings": {},
     }
-    return lambda **changes: EvaluationRecord(**values | changes)
+    return lambda **changes: NeedleRecord(**values | changes)

@@ -14,18 +14,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from drt.data.haystack import Haystack
 from drt.errors import DRTError
 from drt.eval.needle import NeedlePlan, evaluate_needles, finished_keys
-from drt.eval.results import EvaluationRecord, from_line, to_line
+from drt.eval.results import NeedleRecord, from_line, to_line
 from drt.models.drt import DRTForCausalLM
 
 PLAN = NeedlePlan(tasks=("single", "multihop"), lengths=(260, 170), samples=3, seed=5)
-Evaluate = Callable[..., list[EvaluationRecord]]
+Evaluate = Callable[..., list[NeedleRecord]]
 
 
 @pytest.fixture
 def evaluate(model: DRTForCausalLM, tokenizer: PreTrainedTokenizerBase, haystack: Haystack) -> Evaluate:
     """`evaluate_needles` on the tiny model."""
 
-    def evaluate(plan: NeedlePlan = PLAN, **options: Any) -> list[EvaluationRecord]:
+    def evaluate(plan: NeedlePlan = PLAN, **options: Any) -> list[NeedleRecord]:
         return list(evaluate_needles(model, tokenizer, haystack, plan, **{"checkpoint": "tiny"} | options))
 
     return evaluate
@@ -34,12 +34,12 @@ def evaluate(model: DRTForCausalLM, tokenizer: PreTrainedTokenizerBase, haystack
 @pytest.fixture(scope="module")
 def together(
     model: DRTForCausalLM, tokenizer: PreTrainedTokenizerBase, haystack: Haystack
-) -> list[EvaluationRecord]:
+) -> list[NeedleRecord]:
     """The records of `PLAN`, three texts read at a time."""
     return list(evaluate_needles(model, tokenizer, haystack, PLAN, checkpoint="tiny", batch_size=3))
 
 
-def asked(records: list[EvaluationRecord]) -> list[tuple[Any, ...]]:
+def asked(records: list[NeedleRecord]) -> list[tuple[Any, ...]]:
     """What does not depend on how fast it went."""
     return [(r.task, r.length, r.depth, r.index, r.expected, r.generated, r.correct) for r in records]
 
@@ -108,7 +108,7 @@ def test_settings_are_those_that_the_task_uses(evaluate: Evaluate) -> None:
     [{"batch_size": 1}, {"batch_size": 2}, {"batch_size": 5}, {"segment_size": 100}],
 )
 def test_how_the_texts_are_read_changes_no_answer(
-    evaluate: Evaluate, together: list[EvaluationRecord], options: dict[str, int]
+    evaluate: Evaluate, together: list[NeedleRecord], options: dict[str, int]
 ) -> None:
     assert {record.batch_size for record in together} == {3}
     assert len({record.generated for record in together}) > 6  # the model does not always say the same
@@ -177,7 +177,7 @@ def test_other_language_models_can_be_asked(tokenizer: PreTrainedTokenizerBase, 
     assert [record.checkpoint for record in records] == ["llama", "llama"]
 
 
-def test_what_was_answered_is_not_asked_again(evaluate: Evaluate, together: list[EvaluationRecord]) -> None:
+def test_what_was_answered_is_not_asked_again(evaluate: Evaluate, together: list[NeedleRecord]) -> None:
     earlier = together[:7]
     done = finished_keys(earlier, PLAN, checkpoint="tiny", dtype="float32", haystack=["words"])
     assert len(done) == 7
@@ -185,7 +185,7 @@ def test_what_was_answered_is_not_asked_again(evaluate: Evaluate, together: list
     assert evaluate(done=PLAN.sample_keys()) == []
 
 
-def test_a_longer_plan_goes_on_with_a_shorter_ones_records(together: list[EvaluationRecord]) -> None:
+def test_a_longer_plan_goes_on_with_a_shorter_ones_records(together: list[NeedleRecord]) -> None:
     longer = dataclasses.replace(PLAN, tasks=("multikey", "multihop"), lengths=(170, 900))
     some = [record for record in together if record.task == "multihop" and record.length == 170]
     done = finished_keys(some, longer, checkpoint="tiny", dtype="float32", haystack=["words"])
@@ -204,7 +204,7 @@ def test_a_longer_plan_goes_on_with_a_shorter_ones_records(together: list[Evalua
     ],
 )
 def test_records_of_another_evaluation_are_refused(
-    together: list[EvaluationRecord], changes: dict[str, Any], message: str
+    together: list[NeedleRecord], changes: dict[str, Any], message: str
 ) -> None:
     names = {"checkpoint": "tiny", "dtype": "float32", "haystack": ["words"]}
     plan = dataclasses.replace(PLAN, **{key: value for key, value in changes.items() if key not in names})
@@ -213,7 +213,7 @@ def test_records_of_another_evaluation_are_refused(
         finished_keys(together, plan, **names | {k: v for k, v in changes.items() if k in names})
 
 
-def test_records_of_another_task_are_refused(make_record: Callable[..., EvaluationRecord]) -> None:
+def test_records_of_another_task_are_refused(make_record: Callable[..., NeedleRecord]) -> None:
     record = make_record(task="perplexity", depth=1 / 6, seed=5)
     with pytest.raises(DRTError, match=r"settings is .* there .perplexity"):
         finished_keys([record], PLAN, checkpoint="tiny", dtype="float32", haystack=["words"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,12 @@ import pytest
 
 from drt.errors import DRTError
 from drt.eval.results import (
+    AnswerRecord,
     EvaluationRecord,
+    NeedleRecord,
+    PerplexityRecord,
     RecordWriter,
+    TrainingRecord,
     format_length,
     from_line,
     read_records,
@@ -21,7 +25,7 @@ from drt.eval.results import (
     to_line,
 )
 
-MakeRecord = Callable[..., EvaluationRecord]
+MakeRecord = Callable[..., NeedleRecord]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +95,78 @@ def test_what_is_no_object_is_refused(line: str) -> None:
         from_line(line)
 
 
-def write(path: Path, records: list[EvaluationRecord], append: bool = False) -> None:
+COMMON = {"checkpoint": "tiny", "device": "cpu", "dtype": "float32"}
+OTHERS: list[EvaluationRecord] = [
+    PerplexityRecord(
+        task="perplexity",
+        data="corpus",
+        document="a",
+        index=0,
+        length=3,
+        positions=[2, 4],
+        tokens=[1, 1],
+        bytes=[1, 4],
+        losses=[2.5, 1],
+        seconds=0.5,
+        peak_rss_bytes=1,
+        peak_device_bytes=None,
+        batch_size=1,
+        **COMMON,
+    ),
+    AnswerRecord(
+        task="summarization",
+        data="news",
+        index=0,
+        length=9,
+        expected=["x"],
+        generated="y",
+        scores={"rouge1": 0.5},
+        **COMMON,
+    ),
+    TrainingRecord(
+        task="training",
+        architecture="drt",
+        parameters=5,
+        seed=0,
+        steps=1,
+        training_tokens=2,
+        seconds=0.1,
+        **COMMON,
+    ),
+]
+
+
+def test_a_file_holds_any_mix_of_records(tmp_path: Path, make_record: MakeRecord) -> None:
+    path = tmp_path / "records.jsonl"
+    records = [OTHERS[0], make_record(), *OTHERS[1:]]
+    write(path, records)
+    assert read_records(path, EvaluationRecord) == records
+
+
+def test_a_record_of_another_kind_is_refused(tmp_path: Path, make_record: MakeRecord) -> None:
+    path = tmp_path / "records.jsonl"
+    write(path, [make_record(), OTHERS[0]])
+    message = r"records.jsonl, line 2: wanted a NeedleRecord, got a PerplexityRecord \(perplexity\)"
+    with pytest.raises(DRTError, match=message):
+        read_records(path, NeedleRecord)
+
+
+@pytest.mark.parametrize(
+    ("number", "changes", "message"),
+    [
+        (0, {"losses": [1, "2"]}, r"losses: wanted list\[float\]"),
+        (0, {"tokens": [1.5]}, r"tokens: wanted list\[int\]"),
+        (1, {"scores": {"rouge1": None}}, r"scores: wanted dict\[str, float\]"),
+        (2, {"stepz": 3}, r"fields of a TrainingRecord; missing \[\], unknown \['stepz'\]"),
+    ],
+)
+def test_damaged_records_of_each_kind_are_refused(number: int, changes: dict[str, Any], message: str) -> None:
+    line = json.dumps(json.loads(to_line(OTHERS[number])) | changes)
+    with pytest.raises(ValueError, match=message):
+        from_line(line)
+
+
+def write(path: Path, records: Sequence[EvaluationRecord], append: bool = False) -> None:
     with RecordWriter(path, append) as writer:
         for record in records:
             writer.write(record)
@@ -101,11 +176,11 @@ def test_a_file_of_records(tmp_path: Path, make_record: MakeRecord) -> None:
     path = tmp_path / "records.jsonl"
     records = [make_record(index=index) for index in range(3)]
     write(path, records)
-    assert read_records(path) == read_records(str(path)) == records
+    assert read_records(path, NeedleRecord) == read_records(str(path), NeedleRecord) == records
     write(path, records[:1])  # begins anew
-    assert read_records(path) == records[:1]
+    assert read_records(path, NeedleRecord) == records[:1]
     write(path, records[1:], append=True)
-    assert read_records(path) == records
+    assert read_records(path, NeedleRecord) == records
 
 
 def test_every_line_is_in_the_file_as_soon_as_it_is_written(tmp_path: Path, make_record: MakeRecord) -> None:
@@ -113,7 +188,7 @@ def test_every_line_is_in_the_file_as_soon_as_it_is_written(tmp_path: Path, make
     with RecordWriter(path) as writer:
         for count in (1, 2):
             writer.write(make_record())
-            assert len(read_records(path)) == count
+            assert len(read_records(path, NeedleRecord)) == count
 
 
 @pytest.mark.parametrize("kept", [1, 20, -1])
@@ -124,7 +199,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path, make_record: M
     whole = path.read_bytes()
     last = whole.rfind(b"\n", 0, -1) + 1
     path.write_bytes(whole[: last + kept] if kept > 0 else whole[:kept])
-    assert read_records(path) == records[:2]
+    assert read_records(path, NeedleRecord) == records[:2]
     write(path, records[2:], append=True)
     assert path.read_bytes() == whole
 
@@ -132,25 +207,29 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path, make_record: M
 def test_to_append_to_nothing_begins_a_file(tmp_path: Path, make_record: MakeRecord) -> None:
     write(tmp_path / "new.jsonl", [make_record()], append=True)
     (tmp_path / "cut.jsonl").write_text('{"task": "sin')  # killed in its first line
-    assert read_records(tmp_path / "cut.jsonl") == []
+    assert read_records(tmp_path / "cut.jsonl", NeedleRecord) == []
     write(tmp_path / "cut.jsonl", [make_record()], append=True)
-    assert read_records(tmp_path / "new.jsonl") == read_records(tmp_path / "cut.jsonl") == [make_record()]
+    assert (
+        read_records(tmp_path / "new.jsonl", NeedleRecord)
+        == read_records(tmp_path / "cut.jsonl", NeedleRecord)
+        == [make_record()]
+    )
 
 
 def test_a_line_that_is_no_record_is_named(tmp_path: Path, make_record: MakeRecord) -> None:
     path = tmp_path / "records.jsonl"
     path.write_text(f"{to_line(make_record())}\n{{}}\n{to_line(make_record())}\n")
     with pytest.raises(DRTError, match=re.escape(f"{path}, line 2: not an evaluation record: wanted the")):
-        read_records(path)
+        read_records(path, NeedleRecord)
 
 
 def test_a_file_that_cannot_be_read_or_written_is_named(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     with pytest.raises(DRTError, match=re.escape(f"{path}: cannot be read as records")):
-        read_records(path)
+        read_records(path, NeedleRecord)
     path.write_bytes(b"\xff\n")
     with pytest.raises(DRTError, match=re.escape(f"{path}: cannot be read as records")):
-        read_records(path)
+        read_records(path, NeedleRecord)
     for append in (False, True):
         with pytest.raises(DRTError, match="below: cannot be written"):
             RecordWriter(path / "below", append)

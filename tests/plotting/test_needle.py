@@ -10,11 +10,11 @@ import pytest
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from drt.eval.results import EvaluationRecord
+from drt.eval.results import NeedleRecord
 from drt.plotting.needle import accuracy_grid, plot_needles
 
 
-def make_record(correct: bool, index: int = 0, samples: int = 4, **changes: Any) -> EvaluationRecord:
+def make_record(correct: bool, index: int = 0, samples: int = 4, **changes: Any) -> NeedleRecord:
     values = {
         "task": "single",
         "length": 1024,
@@ -36,7 +36,7 @@ def make_record(correct: bool, index: int = 0, samples: int = 4, **changes: Any)
         "haystack": [],
         "settings": {},
     }
-    return EvaluationRecord(**values | changes)
+    return NeedleRecord(**values | changes)
 
 
 def texts(figure: Figure) -> list[list[str]]:

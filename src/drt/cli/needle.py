@@ -18,7 +18,7 @@ from drt.errors import DRTError, Interrupted
 
 if TYPE_CHECKING:
     from drt.eval.needle import NeedlePlan, SampleKey
-    from drt.eval.results import EvaluationRecord
+    from drt.eval.results import NeedleRecord
 
 FIGURES = (".png", ".pdf", ".svg")
 
@@ -106,7 +106,7 @@ def needle(
 
     from drt.data.needles import load_haystack, parse_length
     from drt.eval.needle import NeedlePlan, evaluate_needles, finished_keys
-    from drt.eval.results import read_records
+    from drt.eval.results import NeedleRecord, read_records
     from drt.models.loading import load_model, shipped_checkpoint
     from drt.plotting.needle import plot_needles
 
@@ -130,7 +130,7 @@ def needle(
     model.to(target)  # type: ignore[arg-type]
 
     name = folder.name if checkpoint is None else str(folder)
-    records = read_records(json) if resume and json.exists() else []
+    records = read_records(json, NeedleRecord) if resume and json.exists() else []
     dtype_name = str(model.dtype).removeprefix("torch.")
     done = finished_keys(records, plan, checkpoint=name, dtype=dtype_name, haystack=list(text.names))
     with Watch(plan, done) as watch:
@@ -182,7 +182,7 @@ class Watch:
     def __init__(self, plan: NeedlePlan, done: Collection[SampleKey]) -> None:
         self.waiting = [key for key in plan.sample_keys() if key not in done]
         self.answered = self.found = 0
-        self._group: list[EvaluationRecord] = []
+        self._group: list[NeedleRecord] = []
         self._progress = reading_progress()
         self._task = self._progress.add_task("", total=sum(length for _, length, _ in self.waiting))
 
@@ -199,7 +199,7 @@ class Watch:
         """So many more tokens have been read."""
         self._progress.advance(self._task, tokens)
 
-    def answer(self, record: EvaluationRecord) -> None:
+    def answer(self, record: NeedleRecord) -> None:
         """One more sample has been answered."""
         from drt.eval.results import format_length
 
@@ -215,9 +215,7 @@ class Watch:
             self._group = []
 
 
-def write_all(
-    answers: Iterator[EvaluationRecord], path: Path, append: bool, watch: Watch
-) -> list[EvaluationRecord]:
+def write_all(answers: Iterator[NeedleRecord], path: Path, append: bool, watch: Watch) -> list[NeedleRecord]:
     """Write each record as it comes; returns them all.
 
     Raises:
@@ -240,7 +238,7 @@ def write_all(
     return records
 
 
-def results_table(records: list[EvaluationRecord]) -> Table:
+def results_table(records: list[NeedleRecord]) -> Table:
     """One row for each task and length."""
     from drt.eval.results import format_length, summarise
 

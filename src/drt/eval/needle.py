@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from drt.data.needles import TASKS, Haystack, NeedleSample, is_correct, make_sample
 from drt.errors import DRTError
 from drt.eval.machine import clock, peak_rss_bytes
-from drt.eval.results import EvaluationRecord
+from drt.eval.results import NeedleRecord
 
 SampleKey = tuple[str, int, int]  # task, length, index
 
@@ -106,7 +106,7 @@ def evaluate_needles(
     batch_size: int | None = None,
     done: Collection[SampleKey] = (),
     on_progress: Callable[[int], None] | None = None,
-) -> Iterator[EvaluationRecord]:
+) -> Iterator[NeedleRecord]:
     """Hide needles in real text, let the model read it and answer, and yield a record a sample.
 
     An answer counts when every token of it is right, generated greedily and without help. Works with any causal
@@ -152,7 +152,7 @@ def _evaluate(
     batch_size: int | None,
     waiting: list[SampleKey],
     on_progress: Callable[[int], None] | None,
-) -> Iterator[EvaluationRecord]:
+) -> Iterator[NeedleRecord]:
     while waiting:
         task, length, _ = waiting[0]
         rows = batch_size or max(1, segment_size // length)
@@ -161,7 +161,7 @@ def _evaluate(
         samples = [plan.make_sample(key, tokenizer, haystack) for key in keys]
         answers = _read_and_answer(model, samples, max(1, segment_size // len(keys)), on_progress)
         for key, sample, generated in zip(keys, samples, answers.generated, strict=True):
-            yield EvaluationRecord(
+            yield NeedleRecord(
                 task=task,
                 length=length,
                 depth=plan.depth(key[2]),
@@ -185,7 +185,7 @@ def _evaluate(
 
 
 def finished_keys(
-    records: list[EvaluationRecord], plan: NeedlePlan, *, checkpoint: str, dtype: str, haystack: list[str]
+    records: list[NeedleRecord], plan: NeedlePlan, *, checkpoint: str, dtype: str, haystack: list[str]
 ) -> set[SampleKey]:
     """The samples that an earlier run of the same evaluation has answered.
 

@@ -1,4 +1,4 @@
-"""The one record that every evaluation yields, and its file: JSON lines."""
+"""The records that evaluations yield, one a sample, and their file: JSON lines of any mix of them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,33 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from drt.errors import DRTError
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRecord:
-    """One sample: what was asked, what came back, and what it cost.
+    """What every record says, whatever was evaluated.
 
     Attributes:
-        task: what was asked, such as `single`, `multikey` or `multihop`.
+        task: what was evaluated, such as `single` (a needle task), `perplexity` or `summarization`.
+        checkpoint: name or folder of the model.
+        device: such as `cpu` or `cuda:0`.
+        dtype: of the model's weights, such as `float32`.
+    """
+
+    task: str
+    checkpoint: str
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleRecord(EvaluationRecord):
+    """One needle question: what was asked, what came back, and what it cost.
+
+    Attributes:
         length: tokens of the prompt, the question included.
         depth: where in the text the answer lies, 0 (start) to 1 (end).
         index: number of the sample among those of its task and length, from 0.
@@ -32,14 +48,10 @@ class EvaluationRecord:
         peak_rss_bytes: largest resident memory of the process since it began.
         peak_device_bytes: largest memory in use on the GPU while this sample was answered; None on a CPU.
         batch_size: samples that were read together.
-        checkpoint: name or folder of the model.
-        device: such as `cpu` or `cuda:0`.
-        dtype: of the model's weights, such as `float32`.
         haystack: names of the texts that the sample was cut from.
         settings: what else defines the task, such as `{"needles": 6}`.
     """
 
-    task: str
     length: int
     depth: float
     index: int
@@ -53,14 +65,95 @@ class EvaluationRecord:
     peak_rss_bytes: int
     peak_device_bytes: int | None
     batch_size: int
-    checkpoint: str
-    device: str
-    dtype: str
     haystack: list[str]
     settings: dict[str, int]
 
 
-_FIELDS = {field.name: str(field.type) for field in dataclasses.fields(EvaluationRecord)}
+@dataclass(frozen=True, kw_only=True)
+class PerplexityRecord(EvaluationRecord):
+    """One document: how well every token of it was predicted from all that stands before it.
+
+    The buckets cut the document by position: bucket i holds the tokens at positions `positions[i - 1]` (0 for the
+    first) to `positions[i]`, exclusive, position 0 being the document's first token, which nothing predicts.
+
+    Attributes:
+        data: the corpus or file.
+        document: name of the document.
+        index: its number in the data, from 0.
+        length: tokens read of it.
+        positions: end of each bucket; the last is at least `length`.
+        tokens: tokens predicted in each bucket.
+        bytes: UTF-8 bytes of those tokens.
+        losses: sum of their negative log-likelihoods in each bucket, in nats.
+        seconds: time to read this document; of a batch its share, by tokens.
+        peak_rss_bytes: largest resident memory of the process since it began.
+        peak_device_bytes: largest memory in use on the GPU while it was read; None on a CPU.
+        batch_size: documents that were read together.
+    """
+
+    data: str
+    document: str
+    index: int
+    length: int
+    positions: list[int]
+    tokens: list[int]
+    bytes: list[int]
+    losses: list[float]
+    seconds: float
+    peak_rss_bytes: int
+    peak_device_bytes: int | None
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerRecord(EvaluationRecord):
+    """One question of a benchmark that scores generated text, and its scores.
+
+    Attributes:
+        data: the benchmark's data: a file, or the name of what generates it.
+        index: number of the question, from 0.
+        length: tokens of the prompt; of a generated benchmark such as RULER the length that was asked for.
+        expected: the right answers.
+        generated: what the model said.
+        scores: name of a measure -> 0..1.
+    """
+
+    data: str
+    index: int
+    length: int
+    expected: list[str]
+    generated: str
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecord(EvaluationRecord):
+    """How a checkpoint came to be; its task is `training`, its device the one that it was trained on.
+
+    Attributes:
+        architecture: the configuration's model type, such as `drt`.
+        parameters: number of the model's parameters, tied ones counted once.
+        seed: of the training run.
+        steps: optimizer steps.
+        training_tokens: tokens read in training.
+        seconds: wall time of the training.
+    """
+
+    architecture: str
+    parameters: int
+    seed: int
+    steps: int
+    training_tokens: int
+    seconds: float
+
+
+RecordT = TypeVar("RecordT", bound=EvaluationRecord)
+KINDS: tuple[type[EvaluationRecord], ...] = (NeedleRecord, PerplexityRecord, AnswerRecord, TrainingRecord)
+
+
+def _fields(kind: type[EvaluationRecord]) -> dict[str, str]:
+    """Names and annotations of a record's fields."""
+    return {field.name: str(field.type) for field in dataclasses.fields(kind)}
 
 
 def to_line(record: EvaluationRecord) -> str:
@@ -69,46 +162,50 @@ def to_line(record: EvaluationRecord) -> str:
 
 
 def from_line(line: str) -> EvaluationRecord:
-    """Read what `to_line` wrote.
+    """Read what `to_line` wrote; the fields tell which record it is.
 
     Raises:
-        ValueError: not JSON, or not exactly the record's fields with values of their types.
+        ValueError: not JSON, or not exactly the fields of one of `KINDS` with values of their types.
     """
     values = json.loads(line)
     if not isinstance(values, dict):
         raise ValueError(f"wanted a JSON object, got {type(values).__name__}")
-    missing, unknown = _FIELDS.keys() - values.keys(), values.keys() - _FIELDS.keys()
+    kind = max(KINDS, key=lambda kind: len(_fields(kind).keys() & values.keys()))
+    fields = _fields(kind)
+    missing, unknown = fields.keys() - values.keys(), values.keys() - fields.keys()
     if missing or unknown:
         raise ValueError(
-            f"wanted the fields of an evaluation record; missing {sorted(missing)}, unknown {sorted(unknown)}"
+            f"wanted the fields of a {kind.__name__}; missing {sorted(missing)}, unknown {sorted(unknown)}"
         )
-    for name, kind in _FIELDS.items():
-        if not _fits(values[name], kind):
-            raise ValueError(f"{name}: wanted {kind}, got {values[name]!r}")
-    return EvaluationRecord(**values)
+    for name, annotation in fields.items():
+        if not _fits(values[name], annotation):
+            raise ValueError(f"{name}: wanted {annotation}, got {values[name]!r}")
+    return kind(**values)
 
 
-def _fits(value: Any, kind: str) -> bool:
+def _fits(value: Any, annotation: str) -> bool:
     """Whether a value that came from JSON has the type that a field is annotated with."""
-    if kind == "bool":
-        return isinstance(value, bool)
-    if isinstance(value, bool):
-        return False
-    if kind == "list[str]":
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if kind == "dict[str, int]":
-        return isinstance(value, dict) and all(_fits(item, "int") for item in value.values())
-    if kind == "int | None":
+    if annotation.startswith("list["):
+        return isinstance(value, list) and all(_fits(item, annotation[5:-1]) for item in value)
+    if annotation.startswith("dict[str, "):
+        return isinstance(value, dict) and all(_fits(item, annotation[10:-1]) for item in value.values())
+    if annotation == "bool" or isinstance(value, bool):
+        return annotation == "bool" and isinstance(value, bool)
+    if annotation == "int | None":
         return value is None or isinstance(value, int)
     kinds: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}
-    return isinstance(value, kinds[kind])
+    return isinstance(value, kinds[annotation])
 
 
-def read_records(path: Path | str) -> list[EvaluationRecord]:
+def read_records(path: Path | str, kind: type[RecordT]) -> list[RecordT]:
     """All records of a file; a last line that a kill cut short (no line end) is left out.
 
+    Args:
+        path: JSON lines.
+        kind: what they must be; `EvaluationRecord` takes any.
+
     Raises:
-        DRTError: the file cannot be read, or a line is not a record; names the file and the line.
+        DRTError: the file cannot be read, or a line is not such a record; names the file and the line.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -117,9 +214,14 @@ def read_records(path: Path | str) -> list[EvaluationRecord]:
     records = []
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
-            records.append(from_line(line))
+            record = from_line(line)
         except ValueError as error:
             raise DRTError(f"{path}, line {number}: not an evaluation record: {error}") from error
+        if not isinstance(record, kind):
+            raise DRTError(
+                f"{path}, line {number}: wanted a {kind.__name__}, got a {type(record).__name__} ({record.task})"
+            )
+        records.append(record)
     return records
 
 
@@ -161,7 +263,7 @@ class RecordWriter:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The samples of one checkpoint, task and length: counts, means of times and speeds, largest memory."""
+    """The needle samples of one checkpoint, task and length: counts, means of times and speeds, largest memory."""
 
     checkpoint: str
     task: str
@@ -175,9 +277,9 @@ class Summary:
     peak_device_bytes: int | None
 
 
-def summarise(records: list[EvaluationRecord]) -> list[Summary]:
+def summarise(records: list[NeedleRecord]) -> list[Summary]:
     """One summary for each checkpoint, task and length, lengths ascending within a task."""
-    groups: dict[tuple[str, str, int], list[EvaluationRecord]] = {}
+    groups: dict[tuple[str, str, int], list[NeedleRecord]] = {}
     for record in sorted(records, key=lambda record: record.length):
         groups.setdefault((record.checkpoint, record.task, record.length), []).append(record)
     first = list(
@@ -190,7 +292,7 @@ def summarise(records: list[EvaluationRecord]) -> list[Summary]:
     ]
 
 
-def _summary(records: list[EvaluationRecord]) -> Summary:
+def _summary(records: list[NeedleRecord]) -> Summary:
     first, count = records[0], len(records)
     prefill_seconds = sum(record.prefill_seconds for record in records)
     return Summary(

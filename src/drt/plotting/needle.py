@@ -13,14 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
-from drt.eval.results import EvaluationRecord, format_length
+from drt.eval.results import NeedleRecord, format_length
 
 MAX_DEPTH_BINS = 10
 COLOURS = matplotlib.colormaps["cividis"]  # even in lightness, and the same to colour-blind eyes
 NO_DATA = "#e8e8e8"
 
 
-def plot_needles(records: Sequence[EvaluationRecord]) -> Figure:
+def plot_needles(records: Sequence[NeedleRecord]) -> Figure:
     """A heat map of accuracy, length x depth; one panel a task, one row of panels a checkpoint.
 
     Each cell shows the percentage of right answers; below each length stands how many of its samples were answered
@@ -62,9 +62,7 @@ def plot_needles(records: Sequence[EvaluationRecord]) -> Figure:
     return figure
 
 
-def accuracy_grid(
-    records: Sequence[EvaluationRecord], lengths: Sequence[int], bins: int
-) -> NDArray[np.float64]:
+def accuracy_grid(records: Sequence[NeedleRecord], lengths: Sequence[int], bins: int) -> NDArray[np.float64]:
     """Percentage right, (bins, len(lengths)); NaN where there is no sample. Row 0 is the start of the text."""
     right, total = np.zeros((bins, len(lengths))), np.zeros((bins, len(lengths)))
     for record in records:
@@ -74,14 +72,14 @@ def accuracy_grid(
     return np.divide(100 * right, total, out=np.full_like(right, np.nan), where=total > 0)
 
 
-def _count_depth_bins(records: Sequence[EvaluationRecord]) -> int:
+def _count_depth_bins(records: Sequence[NeedleRecord]) -> int:
     depths: dict[tuple[str, str, int], set[float]] = {}
     for record in records:
         depths.setdefault((record.checkpoint, record.task, record.length), set()).add(record.depth)
     return min(MAX_DEPTH_BINS, *(len(found) for found in depths.values()))
 
 
-def _draw_panel(axes: Axes, records: Sequence[EvaluationRecord], lengths: Sequence[int], bins: int) -> None:
+def _draw_panel(axes: Axes, records: Sequence[NeedleRecord], lengths: Sequence[int], bins: int) -> None:
     values = accuracy_grid(records, lengths, bins)
     axes.patch.set(facecolor=NO_DATA, hatch="////", edgecolor="white")
     edges = np.arange(len(lengths) + 1) - 0.5, np.linspace(0, 1, bins + 1)
@@ -100,6 +98,6 @@ def _draw_panel(axes: Axes, records: Sequence[EvaluationRecord], lengths: Sequen
     axes.spines[:].set_visible(False)
 
 
-def _length_label(records: Sequence[EvaluationRecord], length: int) -> str:
+def _length_label(records: Sequence[NeedleRecord], length: int) -> str:
     answers = [record.correct for record in records if record.length == length]
     return f"{format_length(length)}\n{f'{sum(answers)}/{len(answers)}' if answers else 'not asked'}"
