@@ -98,6 +98,31 @@ def test_bfloat16_inputs_have_float32_weights() -> None:
     assert_dense(found, dense(query, landmarks, visible, 4, 0.25))
 
 
+def test_autocast_does_not_round_the_scores() -> None:
+    query, landmarks, visible = draw(30, 25)
+    plain = retrieve_chunks(query, landmarks, visible, top_k=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = retrieve_chunks(query, landmarks, visible, top_k=4)
+    assert all(torch.equal(one, two) for one, two in zip(found, plain, strict=True))
+
+
+def test_without_looking_at_values_the_same_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a look would make the host wait."""
+    query, landmarks, visible = draw(40, 40)
+    plain = select_chunks(query, landmarks.split(7, 1), visible, top_k=5)
+    monkeypatch.setattr(api, "_may_look", lambda _: False)
+    assert torch.equal(select_chunks(query, landmarks.split(7, 1), visible, top_k=5), plain)
+
+
+def test_the_selection_compiles_to_one_graph() -> None:
+    query, landmarks, visible = draw(40, 40)
+    compiled = torch.compile(retrieve_chunks, fullgraph=True, backend="aot_eager")
+    plain = retrieve_chunks(query, landmarks, visible, top_k=5)
+    found = compiled(query, landmarks, visible, top_k=5)
+    assert torch.equal(found.chunk_indices, plain.chunk_indices)
+    torch.testing.assert_close(found.chunk_weights, plain.chunk_weights)
+
+
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_gradients_of_the_weights(blocks: int) -> None:
     """Against float64 for the same selection, and against finite differences."""

@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Scores held at a time: query rows x landmark columns.
+# Scores held at a time: query rows x landmark columns. A GPU wants fewer, larger steps.
 QUERY_BLOCK = 256
 LANDMARK_BLOCK = 8192
+QUERY_BLOCK_GPU = 1024
+LANDMARK_BLOCK_GPU = 32768
 
 
 class RetrievedChunks(NamedTuple):
@@ -48,10 +50,11 @@ def retrieve_chunks(
         top_k: slots K.
         scale: factor of the scores, a float or a 0-d tensor; default H^-0.5.
         gumbel: select by scores plus Gumbel noise; the noise never enters the weights.
-        generator: source of the noise; ``None``: torch's global one.
+        generator: source of the noise, on query's device; ``None``: torch's global one of that device.
 
     Raises:
-        ValueError: shapes that do not fit or top_k below 1.
+        ValueError: shapes that do not fit or top_k below 1. What visible holds is checked on the CPU; elsewhere
+            looking would stall the device.
     """
     blocks = [landmarks] if isinstance(landmarks, Tensor) else list(landmarks)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -60,7 +63,8 @@ def retrieve_chunks(
     )
     empty = chunk_indices < 0
     chosen = _gather_landmarks(blocks, chunk_indices.clamp_min(0), query)
-    scores = torch.einsum("bnh,bnkh->bnk", query.float(), chosen.float()) * scale
+    with torch.autocast(query.device.type, enabled=False):  # it would round the scores to 16 bits
+        scores = torch.einsum("bnh,bnkh->bnk", query.float(), chosen.float()) * scale
     scores = scores.masked_fill(empty, -torch.inf)
     # A query that sees nothing has no softmax; its weights are 0 by definition.
     weights = torch.softmax(scores.masked_fill(empty.all(-1, keepdim=True), 0.0), -1).masked_fill(empty, 0.0)
@@ -81,15 +85,19 @@ def select_chunks(
     """Indices (B, N, K) of the best visible chunks, best first, -1 for an empty slot; arguments as `retrieve_chunks`.
 
     Scores are computed in float32, a block of queries by a block of landmarks at a time; a running top-k is kept.
+    On a GPU nothing here makes the host wait.
     """
     blocks = [landmarks] if isinstance(landmarks, Tensor) else list(landmarks)
     _validate(query, blocks, visible, top_k)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    query = query.float() * scale
+    step = QUERY_BLOCK if query.device.type == "cpu" else QUERY_BLOCK_GPU
     indices = torch.full((*query.shape[:2], top_k), -1, device=query.device)
-    for start in range(0, query.shape[1], QUERY_BLOCK):
-        part = slice(start, start + QUERY_BLOCK)
-        indices[:, part] = _select_block(query[:, part], blocks, visible[:, part], top_k, gumbel, generator)
+    with torch.autocast(query.device.type, enabled=False):
+        for start in range(0, query.shape[1], step):
+            part = slice(start, start + step)
+            indices[:, part] = _select_block(
+                query[:, part], blocks, visible[:, part], top_k, scale, gumbel, generator
+            )
     return indices
 
 
@@ -98,14 +106,18 @@ def _select_block(
     blocks: list[Tensor],
     visible: Tensor,
     top_k: int,
+    scale: float | Tensor,
     gumbel: bool,
     generator: torch.Generator | None,
 ) -> Tensor:
-    best = query.new_full((*query.shape[:2], top_k), -torch.inf)
+    best = query.new_full((*query.shape[:2], top_k), -torch.inf, dtype=torch.float32)
     indices = torch.full(best.shape, -1, device=query.device)
-    sees_most, sees_least = int(visible.max()), int(visible.min())
+    looking = _may_look(visible)
+    sees_most, sees_least = sum(block.shape[1] for block in blocks), 0
+    if looking:
+        sees_most, sees_least = int(visible.max()), int(visible.min())
     for first, landmarks in _columns(blocks, sees_most):
-        scores = query @ landmarks.float().transpose(1, 2)
+        scores = _scores(query, landmarks, scale)
         last = first + landmarks.shape[1]
         if gumbel:
             noise = torch.empty_like(scores).exponential_(generator=generator)
@@ -113,7 +125,7 @@ def _select_block(
         if last > sees_least:
             column = torch.arange(first, last, device=query.device)
             scores.masked_fill_(column >= visible.unsqueeze(-1), -torch.inf)
-        if first and bool((scores.amax(-1) <= best[..., -1]).all()):
+        if looking and first and bool((scores.amax(-1) <= best[..., -1]).all()):
             continue
         found, at = scores.topk(min(top_k, scores.shape[-1]), -1)
         best, order = torch.cat([best, found], -1).topk(top_k, -1)
@@ -121,13 +133,26 @@ def _select_block(
     return torch.where(best > -torch.inf, indices, -1)
 
 
+def _may_look(tensor: Tensor) -> bool:
+    """Whether a tensor's values may be read: elsewhere the device would stall, or a compiled graph break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _scores(query: Tensor, landmarks: Tensor, scale: float | Tensor) -> Tensor:
+    """(B, n, c) float32; a GPU multiplies 16-bit landmarks as they are, exactly, instead of a float32 copy of them."""
+    if query.device.type == "cuda" and query.dtype == landmarks.dtype != torch.float32:
+        return torch.bmm(query, landmarks.mT, out_dtype=torch.float32) * scale
+    return (query.float() * scale) @ landmarks.float().mT
+
+
 def _columns(blocks: list[Tensor], sees_most: int) -> Iterator[tuple[int, Tensor]]:
-    """(index of the first, landmarks) of pieces of at most LANDMARK_BLOCK, as far as any query sees."""
+    """(index of the first, landmarks) of pieces of bounded size, as far as any query sees."""
     offset = 0
     for block in blocks:
         held = min(block.shape[1], sees_most - offset)
-        for first in range(0, held, LANDMARK_BLOCK):
-            yield offset + first, block[:, first : min(first + LANDMARK_BLOCK, held)]
+        step = LANDMARK_BLOCK if block.device.type == "cpu" else LANDMARK_BLOCK_GPU
+        for first in range(0, held, step):
+            yield offset + first, block[:, first : min(first + step, held)]
         offset += block.shape[1]
 
 
@@ -162,5 +187,5 @@ def _validate(query: Tensor, blocks: list[Tensor], visible: Tensor, top_k: int) 
                 f"landmarks must be ({query.shape[0]}, C, {query.shape[2]}), got {tuple(block.shape)}"
             )
     held = sum(block.shape[1] for block in blocks)
-    if visible.numel() and (int(visible.min()) < 0 or int(visible.max()) > held):
+    if visible.numel() and _may_look(visible) and (int(visible.min()) < 0 or int(visible.max()) > held):
         raise ValueError(f"visible must lie in [0, {held}], got {int(visible.min())} to {int(visible.max())}")
