@@ -11,8 +11,11 @@ import torch
 import triton
 from torch import Tensor
 
-# More bytes than this in a row of D would make two tiles of keys and values overflow shared memory.
-WIDE_ROW_BYTES = 256
+# Largest tile (rows or positions) and warps, by the bytes of a row of D: wider rows need smaller tiles and more threads
+# to hold them, or registers spill. benchmarks/gpu/compile_report.py shows what each costs.
+TILES = {128: (64, 4), 256: (64, 8), 512: (32, 8), 1024: (16, 8)}
+# Exact float32 products run outside the matrix units, on operands in registers.
+TILES_FLOAT32 = {128: (32, 4), 256: (32, 8), 512: (32, 8), 1024: (16, 8)}
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,9 @@ class Problem:
     def constants(self) -> dict[str, Any]:
         """The compile-time arguments that all kernels take."""
         heads, dim = self.query.shape[2:]
-        wide = dim * self.query.element_size() > WIDE_ROW_BYTES
+        block_d = _between(16, dim, 256)
+        table = TILES_FLOAT32 if self.query.dtype == torch.float32 else TILES
+        tile, warps = table[max(128, block_d * self.query.element_size())]
         precise = torch.get_float32_matmul_precision() == "highest"
         return {
             "HEADS": heads,
@@ -74,10 +79,10 @@ class Problem:
             "SINK": self.sink,
             "PRECISION": "ieee" if precise else "tf32",
             # A matrix product wants at least 16 of everything.
-            "BLOCK_R": _between(16, self.rows, 32 if wide else 64),
-            "BLOCK_D": _between(16, dim, 256),
-            "BLOCK_S": _between(16, self.size, 32 if wide else 64),
-            "num_warps": 4,
+            "BLOCK_R": _between(16, self.rows, tile),
+            "BLOCK_D": block_d,
+            "BLOCK_S": _between(16, self.size, tile),
+            "num_warps": warps,
             "num_stages": 2,
         }
 
