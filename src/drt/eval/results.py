@@ -147,8 +147,57 @@ class TrainingRecord(EvaluationRecord):
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class RetrievalRecord(EvaluationRecord):
+    """One chunk that one group retrieved, for the tokens that follow the end of a prompt or of a generated chunk.
+
+    Its task is `retrieval`.
+
+    Attributes:
+        index: number of the question among those asked together, from 0.
+        question: the text that was continued.
+        answer: the whole text generated.
+        step: tokens generated when the retrieval took place; 0 is the end of the prompt.
+        generated: the text generated until then.
+        group: number of the group, from 0; a later group's query has seen what earlier ones read.
+        rank: 0 for the group's highest weight.
+        chunk: number of the chunk in the memory, from 0.
+        weight: share of the group's attention; a group's weights at one step add up to 1.
+        document: name of the document that the chunk is a part of.
+        document_bytes: of the whole document.
+        start: byte of the document at which the chunk begins.
+        stop: byte at which it ends (exclusive).
+        passage: the chunk's text.
+        before: text of the document directly before the passage; may be empty.
+        after: text directly after it.
+    """
+
+    index: int
+    question: str
+    answer: str
+    step: int
+    generated: str
+    group: int
+    rank: int
+    chunk: int
+    weight: float
+    document: str
+    document_bytes: int
+    start: int
+    stop: int
+    passage: str
+    before: str
+    after: str
+
+
 RecordT = TypeVar("RecordT", bound=EvaluationRecord)
-KINDS: tuple[type[EvaluationRecord], ...] = (NeedleRecord, PerplexityRecord, AnswerRecord, TrainingRecord)
+KINDS: tuple[type[EvaluationRecord], ...] = (
+    NeedleRecord,
+    PerplexityRecord,
+    AnswerRecord,
+    TrainingRecord,
+    RetrievalRecord,
+)
 
 
 def _fields(kind: type[EvaluationRecord]) -> dict[str, str]:
