@@ -87,6 +87,7 @@ class DRTCache(Cache):
         super().__init__(
             layers=[WindowCacheLayer(config.sliding_window) for _ in range(config.num_hidden_layers)]
         )
+        self.num_lower_layers = config.num_lower_layers
         self.store: ChunkStore = DeviceStore() if store is None else store
         self.seen_tokens = 0  # columns of input, left padding included
         self.open_states: Tensor | None = (
@@ -98,9 +99,9 @@ class DRTCache(Cache):
 
     def begin(self, layout: ChunkLayout) -> None:
         """Tell the window layers how long each row of the coming pass is."""
-        ragged = bool((layout.row_lengths != layout.compact_length).any())
-        for layer in self.layers:
-            layer.row_lengths = layout.row_lengths if ragged else None
+        lower, upper = (_unless_equal(part.row_lengths) for part in (layout, layout.upper))
+        for number, layer in enumerate(self.layers):
+            layer.row_lengths = lower if number < self.num_lower_layers else upper
 
     def finish(self, layout: ChunkLayout, length: int) -> None:
         """Count what the pass has read."""
@@ -166,6 +167,10 @@ class DRTCache(Cache):
 
     def _batch_size(self) -> int:
         return 0 if self.open_lengths is None else len(self.open_lengths)
+
+
+def _unless_equal(row_lengths: Tensor) -> Tensor | None:
+    return row_lengths if bool((row_lengths != row_lengths[0]).any()) else None
 
 
 def _last(tensor: Tensor, count: int) -> Tensor:

@@ -4,6 +4,11 @@ The decoder works on *compact* rows: the real tokens of a row packed to slot 0, 
 after its last token, padding only behind the row's end, where causality makes it harmless.  Chunk boundaries are
 those of the specification: a chunk closes when it holds ``chunk_size`` tokens, or earlier where the caller says so.
 Everything is computed on the CPU from a mask and a few counts; the model only gathers by the indices found here.
+
+The chunk memory is made from the lower decoder alone, so the upper decoder need not run over all of a text that is
+only being read: what predicts the next token, and what later passes need of it, reaches back `upper_reach` positions
+and no further. `UpperLayout` is the part of the layout that shrinks with that. (YOCO, arXiv 2405.05254, lets the
+prefill exit early for the same reason; there the upper half has no state of its own.)
 """
 
 from __future__ import annotations
@@ -12,6 +17,39 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from drt.models.drt.configuration_drt import DRTConfig
+
+
+@dataclass(frozen=True)
+class UpperLayout:
+    """The positions that the upper decoder runs over: all compact ones, or the last M of each row.
+
+    "Flat" indices address a (B * M) first dimension, but for ``index``.
+
+    Attributes:
+        index: (B, M) flat compact index of each position; ``None``: all of them, M = compact_length.
+        row_lengths: (B,) positions of each row (on the CPU).
+        output_index: (B, n) flat index of the position whose hidden state predicts what follows each of the last n
+            input tokens; n = L unless fewer are wanted.
+        closed_counts: (B,) landmarks among the positions (on the CPU); N is the largest.
+        skipped_chunks: (B,) chunks that close in this pass before the first position (on the CPU).
+        landmark_index: (B, N) flat index of each of those landmarks.
+        block_size: query slots per selection, the longest run of positions that share one.
+        block_index: (B, (N + 1) * block_size) flat index of each query slot, -1 for an empty slot. Block 0 is served
+            by the selection carried from earlier passes, block n + 1 by that of landmark n.
+        block_inverse: (B, M) flat index of each position into (B, (N + 1) * block_size), -1 for padding.
+    """
+
+    index: Tensor | None
+    row_lengths: Tensor
+    output_index: Tensor
+    closed_counts: Tensor
+    skipped_chunks: Tensor
+    landmark_index: Tensor
+    block_size: int
+    block_index: Tensor
+    block_inverse: Tensor
 
 
 @dataclass(frozen=True)
@@ -23,7 +61,6 @@ class ChunkLayout:
         compact_length: longest row, landmarks included.
         token_index: (B, compact_length) flat index into the (B, L) input; anything at landmarks and padding.
         is_landmark: (B, compact_length) bool.
-        output_index: (B, L) flat index of the compact position whose hidden state predicts the next token.
         closed_counts: (B,) chunks that close in this pass (on the CPU); N is the largest.
         landmark_index: (B, N) flat compact index of each closed chunk's landmark.
         chunk_lengths: (B, N) tokens of each closed chunk, 0 where a row closes fewer than N.
@@ -32,19 +69,14 @@ class ChunkLayout:
         carried: slots before the compact positions in that source: ``chunk_size`` after earlier passes, else 0.
         open_index: (B, chunk_size) flat index, same source, of the tokens of the chunk that stays open.
         open_lengths: (B,) tokens in the chunk that stays open (on the CPU).
-        block_size: query slots per selection, the longest run of positions that share one.
-        block_index: (B, (N + 1) * block_size) flat compact index of each query slot, -1 for an empty slot. Block 0
-            is served by the selection carried from earlier passes, block n + 1 by that of closed chunk n.
-        block_inverse: (B, compact_length) flat index of each compact position into (B, (N + 1) * block_size), -1
-            for padding.
         full: every closed chunk holds ``chunk_size`` tokens and every row closes N.
+        upper: the same for the upper decoder.
     """
 
     row_lengths: Tensor
     compact_length: int
     token_index: Tensor
     is_landmark: Tensor
-    output_index: Tensor
     closed_counts: Tensor
     landmark_index: Tensor
     chunk_lengths: Tensor
@@ -52,10 +84,22 @@ class ChunkLayout:
     carried: int
     open_index: Tensor
     open_lengths: Tensor
-    block_size: int
-    block_index: Tensor
-    block_inverse: Tensor
     full: bool
+    upper: UpperLayout
+
+
+def upper_reach(config: DRTConfig, kept: int) -> int:
+    """Positions at the end of a row that the upper decoder must run over, for ``kept`` hidden states and a cache.
+
+    The last ``kept`` tokens may all be followed by landmarks. A layer's output at a position depends on its input at
+    the W - 1 positions before, and on the state that the landmark serving the position, at most S + 1 before, has
+    where it enters the layer's group. What a cache keeps of the upper decoder, the input of each layer at the last
+    W - 1 positions and the last landmark's selections, reaches no further.
+    """
+    window = config.sliding_window - 1
+    layers = config.num_upper_layers // config.num_groups
+    group = (layers - 1) * window + max(window, config.chunk_size + 1)
+    return 2 * kept + config.num_groups * group
 
 
 @torch.compiler.disable
@@ -68,6 +112,8 @@ def build_chunk_layout(
     attention_mask: Tensor | None = None,
     chunk_ends: Tensor | None = None,
     open_lengths: Tensor | None = None,
+    kept: int | None = None,
+    reach: int | None = None,
     device: torch.device | str = "cpu",
 ) -> ChunkLayout:
     """Lay out ``length`` new tokens a row.
@@ -80,6 +126,8 @@ def build_chunk_layout(
         attention_mask: (B, L), nonzero for tokens, zero for left padding. ``None``: no padding.
         chunk_ends: (B, L) bool, close the open chunk after this token. ``None``: only full chunks close.
         open_lengths: (B,) tokens already in each row's open chunk; ``None`` for a first pass.
+        kept: hidden states wanted, of the last tokens of each row; ``None``: of all.
+        reach: positions at the end of each row that the upper decoder shall run over; ``None``: all.
         device: where the indices shall lie.
     """
     rows = torch.arange(batch_size).unsqueeze(1)
@@ -118,7 +166,8 @@ def build_chunk_layout(
     carried = 0 if open_lengths is None else chunk_size
     grid = _chunk_grid(is_token, chunk, offset, position, carried_lengths, carried, num_closed, chunk_size)
     grid = grid + rows.unsqueeze(2) * (carried + compact_length)
-    block_size, block_index, block_inverse = _blocks(selection, num_closed)
+    output_position = output_position[:, 0 if kept is None else -kept :]
+    upper = _upper(row_lengths, is_landmark, selection, output_position, reach, device)
 
     def place(tensor: Tensor) -> Tensor:
         return tensor.to(device)
@@ -132,7 +181,6 @@ def build_chunk_layout(
         compact_length=compact_length,
         token_index=place(token_index),
         is_landmark=place(is_landmark),
-        output_index=place(output_position.clamp_min(0) + rows * compact_length),
         closed_counts=closed_counts,
         landmark_index=place(landmark_index),
         chunk_lengths=place(chunk_lengths),
@@ -140,10 +188,8 @@ def build_chunk_layout(
         carried=carried,
         open_index=place(grid.gather(1, closed_counts.view(-1, 1, 1).expand(-1, 1, chunk_size)).squeeze(1)),
         open_lengths=stays_open,
-        block_size=block_size,
-        block_index=place(block_index),
-        block_inverse=place(block_inverse),
         full=bool((chunk_lengths == chunk_size).all()),
+        upper=upper,
     )
 
 
@@ -182,6 +228,46 @@ def _chunk_grid(
         slot = torch.arange(chunk_size).expand(is_token.shape[0], -1)
         grid[:, 0] = torch.where(slot < carried_lengths.unsqueeze(1), slot, grid[:, 0])
     return grid
+
+
+def _upper(
+    row_lengths: Tensor,
+    is_landmark: Tensor,
+    selection: Tensor,
+    output_position: Tensor,
+    reach: int | None,
+    device: torch.device | str,
+) -> UpperLayout:
+    """Cut what concerns the upper decoder to the last ``reach`` positions of each row."""
+    batch_size, compact_length = is_landmark.shape
+    rows = torch.arange(batch_size).unsqueeze(1)
+    width = compact_length if reach is None else min(reach, compact_length)
+    start = (row_lengths - width).clamp_min(0).unsqueeze(1)
+    total = is_landmark.sum(1)
+    index = None
+    if width < compact_length:
+        position = (start + torch.arange(width)).clamp_max(compact_length - 1)
+        index = (position + rows * compact_length).to(device)
+        is_landmark, selection = is_landmark.gather(1, position), selection.gather(1, position)
+    closed_counts = is_landmark.sum(1)
+    skipped = total - closed_counts
+    row, position = is_landmark.nonzero(as_tuple=True)
+    landmark = is_landmark.cumsum(1)[row, position] - 1
+    landmark_index = torch.zeros(batch_size, int(closed_counts.max()), dtype=torch.long)
+    landmark_index[row, landmark] = row * width + position
+    selection = torch.where(selection < 0, -1, selection - skipped.unsqueeze(1))
+    block_size, block_index, block_inverse = _blocks(selection, landmark_index.shape[1])
+    return UpperLayout(
+        index=index,
+        row_lengths=row_lengths.clamp_max(width),
+        output_index=((output_position - start).clamp_min(0) + rows * width).to(device),
+        closed_counts=closed_counts,
+        skipped_chunks=skipped,
+        landmark_index=landmark_index.to(device),
+        block_size=block_size,
+        block_index=block_index.to(device),
+        block_inverse=block_inverse.to(device),
+    )
 
 
 def _blocks(selection: Tensor, num_closed: int) -> tuple[int, Tensor, Tensor]:

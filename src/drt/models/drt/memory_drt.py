@@ -31,14 +31,15 @@ class ChunkMemory:
         self.keys, self.values, self.landmarks = keys, values, landmarks
         self.layout = layout
         self.cache = cache
-        batch_size, num_closed = landmarks.shape[:2]
-        visible = torch.arange(num_closed).expand(batch_size, -1)
+        upper = layout.upper
+        chunk = torch.arange(upper.landmark_index.shape[1])
+        visible = upper.skipped_chunks.unsqueeze(1) + chunk
         if cache is not None:
             if cache.closed_counts is not None:
                 visible = visible + cache.closed_counts.unsqueeze(1)
-            if num_closed:
+            if landmarks.shape[1]:
                 cache.store.append(keys, values, landmarks, layout.chunk_lengths, layout.closed_counts)
-        closes = torch.arange(num_closed) < layout.closed_counts.unsqueeze(1)
+        closes = chunk < upper.closed_counts.unsqueeze(1)
         self.visible = torch.where(closes, visible, 0).to(landmarks.device)
 
     def retrieve(
@@ -49,14 +50,14 @@ class ChunkMemory:
         Args:
             group: number of the group.
             retriever: its query side.
-            hidden_states: (B, compact_length, H) as they enter the group.
+            hidden_states: (B, M, H) at the upper decoder's positions, as they enter the group.
             gumbel: select by noisy scores.
 
         Returns:
-            N + 1 blocks: first what the cache carries from earlier passes (nothing without one), then what each
-            closed chunk retrieves.
+            N + 1 blocks: first what the cache carries from earlier passes (nothing without one), then what each of
+            the N landmarks among the positions retrieves.
         """
-        states = hidden_states.flatten(0, 1)[self.layout.landmark_index]
+        states = hidden_states.flatten(0, 1)[self.layout.upper.landmark_index]
         if self.cache is None:
             found = retriever(states, self.landmarks, self.visible, gumbel)
             indices = pad(found.chunk_indices, (0, 0, 1, 0), value=-1)
@@ -79,7 +80,7 @@ class ChunkMemory:
             *(torch.cat([old.unsqueeze(1), t], 1) for old, t in zip(carried, new, strict=True))
         )
         rows = torch.arange(states.shape[0], device=states.device)
-        last = self.layout.closed_counts.to(states.device)
+        last = self.layout.upper.closed_counts.to(states.device)
         cache.selections[group] = RetrievedMemory(*(tensor[rows, last] for tensor in blocks))
         return blocks
 

@@ -22,7 +22,7 @@ from drt.layers.mlp import SwiGLU
 from drt.layers.retriever import Retriever
 from drt.layers.window_attention import WindowAttention, WindowState
 from drt.models.drt.cache_drt import DRTCache
-from drt.models.drt.chunk_layout import ChunkLayout, build_chunk_layout
+from drt.models.drt.chunk_layout import ChunkLayout, build_chunk_layout, upper_reach
 from drt.models.drt.configuration_drt import DRTConfig
 from drt.models.drt.memory_drt import ChunkMemory
 from drt.models.drt.validation import check_inputs, check_labels
@@ -36,7 +36,8 @@ class DRTModelOutput(ModelOutput):
     """Output of `DRTModel`.
 
     Attributes:
-        last_hidden_state: (B, L, H), aligned with the input: what predicts the token after each input token.
+        last_hidden_state: (B, L, H), aligned with the input: what predicts the token after each input token; with
+            ``states_to_keep``, of the last of them only.
         past_key_values: the decoding state, when ``use_cache``.
         chunk_indices: per group (B, N, K), what each of the N chunks that closed in this pass retrieved; -1 for an
             empty slot. Only with ``output_retrieval=True``.
@@ -184,9 +185,14 @@ class DRTModel(DRTPreTrainedModel):
         chunk_ends: Tensor | None = None,
         use_cache: bool | None = None,
         output_retrieval: bool = False,
+        states_to_keep: int = 0,
         **kwargs: Any,
     ) -> DRTModelOutput:
         """Run the stack over new tokens.
+
+        A text that is only read, that is with ``states_to_keep`` and a cache, without gradient and without
+        ``output_retrieval``, costs the lower decoder and the chunk encoder: the upper decoder then runs over the end of
+        it alone, as far back as the states and the cache need (`upper_reach`), with the same results.
 
         Args:
             input_ids: (B, L) int64.
@@ -197,6 +203,7 @@ class DRTModel(DRTPreTrainedModel):
             chunk_ends: (B, L) bool: close the open chunk after this token.
             use_cache: return a state to continue from. Default: ``config.use_cache`` where no gradient is recorded.
             output_retrieval: also return what each group retrieved.
+            states_to_keep: hidden states of the last n tokens only (0: all).
 
         Raises:
             ValueError: for input that cannot be laid out; the message names what was got and what is wanted.
@@ -208,6 +215,9 @@ class DRTModel(DRTPreTrainedModel):
         source = input_ids if input_ids is not None else inputs_embeds
         assert source is not None  # checked
         batch_size, length = source.shape[:2]
+        only_read = (
+            states_to_keep and cache is not None and not output_retrieval and not torch.is_grad_enabled()
+        )
         layout = build_chunk_layout(
             batch_size,
             length,
@@ -216,6 +226,8 @@ class DRTModel(DRTPreTrainedModel):
             attention_mask=mask,
             chunk_ends=chunk_ends,
             open_lengths=None if cache is None or cache.seen_tokens == 0 else cache.open_lengths,
+            kept=states_to_keep or None,
+            reach=upper_reach(self.config, states_to_keep) if only_read else None,
             device=source.device,
         )
         if cache is not None:
@@ -229,7 +241,7 @@ class DRTModel(DRTPreTrainedModel):
         hidden_states, retrieved = self._upper(hidden_states, layout, cache, states[len(self.lower_layers) :])
         if cache is not None:
             cache.finish(layout, length)
-        output = hidden_states.flatten(0, 1)[layout.output_index]
+        output = hidden_states.flatten(0, 1)[layout.upper.output_index]
         return DRTModelOutput(
             last_hidden_state=self.norm(output),
             past_key_values=cache,
@@ -270,6 +282,8 @@ class DRTModel(DRTPreTrainedModel):
     ) -> tuple[Tensor, list[RetrievedMemory]]:
         """Groups of upper layers; returns their output and what each group retrieved."""
         memory = self._remember(hidden_states, layout, cache) if self.config.retrieval else None
+        if layout.upper.index is not None:
+            hidden_states = hidden_states.flatten(0, 1)[layout.upper.index]
         per_group = len(self.upper_layers) // self.config.num_groups
         retrieved: list[RetrievedMemory] = []
         for number, layer in enumerate(self.upper_layers):
@@ -280,8 +294,8 @@ class DRTModel(DRTPreTrainedModel):
             hidden_states = layer(
                 hidden_states,
                 retrieved[-1] if retrieved else None,
-                layout.block_index,
-                layout.block_inverse,
+                layout.upper.block_index,
+                layout.upper.block_inverse,
                 states[number],
             )
         return hidden_states, retrieved
@@ -336,7 +350,8 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, L) token ids aligned with ``input_ids`` (shifted inside), -100 where nothing is scored.
-            logits_to_keep: logits of the last n positions only (0: all), or of the positions in a tensor.
+            logits_to_keep: logits of the last n positions only (0: all), or of the positions in a tensor. With n >= 1
+                and a cache, a long text is read at little more than the lower decoder's cost (see `DRTModel.forward`).
         """
         check_labels(labels, input_ids if input_ids is not None else inputs_embeds)
         if use_cache is None and labels is not None:
@@ -350,8 +365,9 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
             chunk_ends=chunk_ends,
             use_cache=use_cache,
             output_retrieval=output_retrieval,
+            states_to_keep=logits_to_keep if isinstance(logits_to_keep, int) else 0,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        kept = slice(None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
