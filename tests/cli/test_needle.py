@@ -294,7 +294,7 @@ def test_a_checkpoint_without_a_tokenizer_is_named(refused: Run, broken: Path) -
         ({"num_upper_layers": 4}, "do not fit its config.json: missing"),
         ({"num_upper_layers": 3}, "config.json: num_groups must divide num_upper_layers, got 2 and 3"),
         ({"chunk_size": "many"}, "config.json: Field 'chunk_size' expected int, got str (value: 'many')"),
-        ({"model_type": "gpt2"}, "wanted model_type drt, got 'gpt2'"),
+        ({"model_type": "gpt2"}, ", got 'gpt2'"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_named(
@@ -318,4 +318,6 @@ def test_a_checkpoint_of_another_architecture_is_named(refused: Run, tmp_path: P
     folder = tmp_path / "llama"
     LlamaForCausalLM(config).save_pretrained(folder)
     ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
-    assert f"{folder / 'config.json'}: wanted model_type drt, got 'llama'" in refused("--checkpoint", folder)
+    message = refused("--checkpoint", folder)
+    assert f"{folder / 'config.json'}: wanted model_type drt, " in message
+    assert ", got 'llama'" in message

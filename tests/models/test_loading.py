@@ -102,12 +102,12 @@ def test_no_folder(refused: Callable[..., str], tmp_path: Path) -> None:
 
 def test_another_architecture(refused: Callable[..., str], folder: Path) -> None:
     change_config(folder, model_type="llama")
-    assert "config.json: wanted model_type drt, got 'llama'" in refused()
+    assert re.search(r"config\.json: wanted model_type drt, .*window.*, got 'llama'$", refused())
     change_config(folder, model_type=["drt"])
-    assert "wanted model_type drt, got ['drt']" in refused()
+    assert refused().endswith(", got ['drt']")
     for content in ("{}", "[]", "7"):
         (folder / "config.json").write_text(content)
-        assert "wanted model_type drt, got None" in refused()
+        assert refused().endswith(", got None")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"model_type": "drt"', b"\xff\xfe\x00"])

@@ -15,9 +15,15 @@ from transformers.utils import logging as transformers_logging
 
 from drt.errors import DRTError
 from drt.models.drt import DRTConfig, DRTForCausalLM
+from drt.models.full_attention import FullAttentionConfig, FullAttentionForCausalLM
+from drt.models.window import WindowConfig, WindowForCausalLM
 
 SHIPPED = Path(__file__).parents[1] / "checkpoints"
-_MODELS: dict[str, type[PreTrainedModel]] = {DRTConfig.model_type: DRTForCausalLM}
+_MODELS: dict[str, type[PreTrainedModel]] = {
+    DRTConfig.model_type: DRTForCausalLM,
+    WindowConfig.model_type: WindowForCausalLM,
+    FullAttentionConfig.model_type: FullAttentionForCausalLM,
+}
 _SHOWN = 5  # problems listed in one message
 
 
@@ -81,7 +87,7 @@ def _model_class(folder: Path) -> type[PreTrainedModel]:
         raise DRTError(f"{path} is damaged, not JSON: {error}") from error
     model_type = settings.get("model_type") if isinstance(settings, dict) else None
     if not isinstance(model_type, str) or model_type not in _MODELS:
-        raise DRTError(f"{path}: wanted model_type {' or '.join(_MODELS)}, got {model_type!r}")
+        raise DRTError(f"{path}: wanted model_type {', '.join(_MODELS)}, got {model_type!r}")
     return _MODELS[model_type]
 
 

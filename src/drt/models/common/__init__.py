@@ -1,0 +1,1 @@
+"""What several models share: checks on inputs, ragged rows, the baselines' configuration, cache and head."""

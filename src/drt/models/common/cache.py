@@ -1,0 +1,139 @@
+"""The decoding state of the baselines: one layer of state a layer of the model, rows of different lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from drt.models.common.rows import PackedRows
+
+
+class GrowingCacheLayer(CacheLayerMixin):
+    """All keys and values of one layer, (B, capacity, h_kv, D), each row packed to slot 0."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths: Tensor | None = None  # (B,) on the CPU: positions held of each row
+        self.row_lengths: Tensor | None = None  # (B,) new positions of each row, None while all rows agree
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :0], value_states[:, :0]
+        self.lengths = torch.zeros(key_states.shape[0], dtype=torch.long)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take (B, L, h_kv, D); return everything held, (B, M, h_kv, D), M the longest row with L more.
+
+        What lies behind a row's end is finite, no more.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        assert self.lengths is not None
+        new = key_states.shape[1]
+        needed = int(self.lengths.max()) + new
+        if needed > self.keys.shape[1]:  # half as much again: few copies, and little room that stays empty
+            more = needed + needed // 2 - self.keys.shape[1]
+            self.keys, self.values = (
+                torch.cat([x, x.new_zeros(x.shape[0], more, *x.shape[2:])], 1)
+                for x in (self.keys, self.values)
+            )
+        slots = (self.lengths.unsqueeze(1) + torch.arange(new)).to(self.keys.device)
+        rows = torch.arange(len(self.lengths), device=self.keys.device).unsqueeze(1)
+        self.keys[rows, slots] = key_states.detach()
+        self.values[rows, slots] = value_states.detach()
+        self.lengths = self.lengths + (new if self.row_lengths is None else self.row_lengths)
+        return self.keys[:, :needed], self.values[:, :needed]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length + self.get_seq_length(), 0
+
+    def get_seq_length(self) -> int:
+        return 0 if self.lengths is None else int(self.lengths.max())
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def select_rows(self, rows: Tensor) -> None:
+        if self.keys is not None and self.values is not None and self.lengths is not None:
+            self.keys, self.values = self.keys[rows], self.values[rows]
+            self.lengths = self.lengths[rows.cpu()]
+
+
+class DecoderCache(Cache):
+    """What a baseline keeps between passes; give it to ``forward`` or ``generate`` as ``past_key_values``.
+
+    Args:
+        make_layers: gives the empty state of each layer; besides the library's interface a layer has
+            ``row_lengths`` and ``select_rows``.
+    """
+
+    layers: list[Any]
+
+    def __init__(self, make_layers: Callable[[], list[Any]]) -> None:
+        super().__init__(layers=make_layers())
+        self.make_layers = make_layers
+        self.seen_tokens = 0  # columns of input, left padding included
+        self.held_rows: int | None = None
+
+    def begin(self, rows: PackedRows) -> None:
+        """Tell the layers how long each row of the coming pass is."""
+        for layer in self.layers:
+            layer.row_lengths = rows.lengths
+
+    def finish(self, batch_size: int, length: int) -> None:
+        """Count what the pass has read."""
+        self.held_rows = batch_size
+        self.seen_tokens += length
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of input read so far, left padding included; this is what ``generate`` slices prompts by."""
+        return self.seen_tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length + self.seen_tokens, 0
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Row b becomes what row ``rows[b]`` was; rows: (B',) int64."""
+        if self.held_rows is None:
+            return
+        for layer in self.layers:
+            layer.select_rows(rows)
+        self.held_rows = len(rows)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row b continues hypothesis ``beam_idx[b]``."""
+        self.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times."""
+        self.select_rows(torch.arange(self.held_rows or 0).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``."""
+        self.select_rows(indices)
+
+    def crop(self, max_length: int) -> None:
+        """Not every baseline's state can be rolled back, so none is.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"a DecoderCache cannot be cropped (asked for {max_length})")
+
+    def reset(self) -> None:
+        """Forget everything; the next pass starts a new text."""
+        self.layers = self.make_layers()
+        self.seen_tokens = 0
+        self.held_rows = None

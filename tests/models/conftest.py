@@ -1,0 +1,43 @@
+"""Small baselines whose every parameter matters: random norm weights, GQA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import drt.models  # noqa: F401  (registers them)
+
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
+OWN: dict[str, dict[str, object]] = {
+    "window": {"sliding_window": 10},
+    "full_attention": {},
+}
+
+
+@pytest.fixture
+def make_baseline() -> Callable[..., PreTrainedModel]:
+    def make(model_type: str, **changes: object) -> PreTrainedModel:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(model_type, **(SMALL | OWN[model_type] | changes))
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name:
+                    parameter.uniform_(0.5, 1.5)
+                elif parameter.dim() == 2:
+                    parameter.mul_(8)  # scores and logits that differ enough to choose by
+        return model.eval()
+
+    return make
