@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from types import ModuleType
+
 from torch import Tensor
 
 from drt.ops.window_attention.impl import banded, reference
 
-_IMPLEMENTATIONS = {"reference": reference.window_attention, "banded": banded.window_attention}
+IMPLEMENTATIONS = ("reference", "banded", "flex", "triton")
+HAS_TRITON = find_spec("triton") is not None
 
 
 def window_attention(
@@ -33,20 +37,47 @@ def window_attention(
         key_start: (B,) first key of each row that exists; ``None``: 0.
         alibi_slopes: (h,), bias -slope * (p - j); ``None``: no bias.
         scale: factor of the scores; default D^-0.5.
-        impl: ``"reference"`` (dense) or ``"banded"`` (linear); ``None`` takes ``"banded"``.
+        impl: ``"reference"`` (dense), ``"banded"`` (batched products in plain torch, any device), ``"flex"``
+            (FlexAttention; on the CPU dense and without gradient) or ``"triton"`` (kernels for CUDA; float32, float16,
+            bfloat16, D <= 256). All but the first are linear. ``None``: ``"triton"`` for CUDA tensors that it takes,
+            where Triton is installed; else ``"banded"``.
 
     Returns:
         (B, Lq, h, D); zeros where a query sees no key.
 
     Raises:
         ValueError: shapes that do not fit, a window below 1, or an unknown implementation.
+        ImportError: impl is ``"triton"``, which is not installed.
     """
     _validate(query, key, value, window, key_start, alibi_slopes)
-    name = "banded" if impl is None else impl
-    if name not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {sorted(_IMPLEMENTATIONS)} or None, got {impl!r}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _IMPLEMENTATIONS[name](query, key, value, window, key_start, alibi_slopes, scale)
+    output: Tensor = _implementation(impl, query).window_attention(
+        query, key, value, window, key_start, alibi_slopes, scale
+    )
+    return output
+
+
+def _implementation(name: str | None, query: Tensor) -> ModuleType:
+    # Imported here: Triton is optional, and both are slow to import.
+    if name is None and query.device.type == "cuda" and HAS_TRITON:
+        from drt.ops.window_attention.impl import triton
+
+        if triton.supports(query):
+            return triton
+    match name:
+        case "triton":
+            from drt.ops.window_attention.impl import triton
+
+            return triton
+        case "flex":
+            from drt.ops.window_attention.impl import flex
+
+            return flex
+        case "banded" | None:
+            return banded
+        case "reference":
+            return reference
+    raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)} or None; got {name!r}")
 
 
 def _validate(
