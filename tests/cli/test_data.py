@@ -1,7 +1,8 @@
-"""`drt data haystack`: where it writes, what it shows, what it refuses. Nothing is downloaded."""
+"""`drt data`: where it writes, what it shows, what it refuses. Nothing is downloaded."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from drt.data import fetch
+from drt.data import fetch, linux
+from drt.data.corpus import open_corpus
+from drt.data.haystack import sample_haystack
 
 Run = Callable[..., Any]
 NAMES = ("code-test", "english-train")
@@ -83,3 +86,55 @@ def test_mistyped_commands_are_named(drt: Run, arguments: list[str]) -> None:
     result = drt("data", *arguments)
     assert result.exit_code == 2
     assert arguments[-1] in result.output
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Fifty documents of about 300 words."""
+    text = sample_haystack().text.decode()
+    path = tmp_path / "rows.jsonl"
+    lines = (json.dumps({"id": number, "body": text[number * 2000 :][:2000]}) for number in range(1, 51))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_a_tokenizer_and_a_corpus_of_it(drt: Run, rows: Path) -> None:
+    made = drt("data", "tokenizer", rows, "-o", "bpe", "--vocab-size", 500, "--text-field", "body")
+    assert made.exit_code == 0, made.output
+    assert "the tokenizer is in bpe" in made.stderr
+    arguments = ["--tokenizer", "bpe", "--text-field", "body", "--validation-share", 0.2, "--test-share", 0.2]
+    result = drt("data", "prepare", rows, "-o", "corpus", *arguments, "--processes", 1)
+    assert result.exit_code == 0, result.output
+    corpora = {split: open_corpus("corpus", split, verify=True) for split in ("train", "validation", "test")}
+    assert sum(map(len, corpora.values())) == 50
+    for split, corpus in corpora.items():
+        assert f"{split}" in result.stdout
+        assert f"{corpus.num_tokens:,}" in result.stdout
+        assert f"{corpus.num_bytes:,}" in result.stdout
+    assert corpora["train"].manifest.tokenizer["vocab_size"] == 500
+
+
+def test_texts_that_are_split_already(drt: Run, rows: Path) -> None:
+    options = ["--text-field", "body", "--processes", 1, "--min-tokens", 1500]
+    result = drt("data", "prepare", "-o", "corpus", "--train", rows, "--test", rows, *options)
+    assert result.exit_code == 0, result.output
+    assert len(open_corpus("corpus", "train")) == len(open_corpus("corpus", "test")) == 50
+    assert "validation" not in result.stdout
+
+
+def test_sources_must_be_there(refuses: Run, tmp_path: Path) -> None:
+    assert "wanted at least one source" in refuses("data", "prepare", "-o", "corpus")
+    assert "wanted at least one source" in refuses("data", "tokenizer")
+    missing = refuses("data", "prepare", tmp_path / "none.txt", "-o", "corpus", "--processes", 1)
+    assert "none.txt: no such file or folder" in missing
+
+
+def test_linux_says_what_it_wrote(drt: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch_linux(output: Path, on_file: Callable[[str], None]) -> dict[str, Any]:
+        on_file("kernel/fork.c")
+        return {"files": 54969, "bytes": 782_000_000}
+
+    monkeypatch.setattr(linux, "fetch_linux", fetch_linux)
+    result = drt("data", "linux", "-o", "here")
+    assert result.exit_code == 0, result.output
+    assert "here/linux: 54,969 files, 782 MB" in result.stderr

@@ -51,3 +51,150 @@ def haystack(
         shown = ", ".join(documents) if len(documents) < 8 else f"{len(documents)}, see {MANIFEST}"
         table.add_row(str(output / name), f"{file['bytes']:,}", shown)
     Console().print(table)
+
+
+@data.command()
+def linux(
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for the files; made if it is missing."),
+    ] = Path("data/linux"),
+) -> None:
+    """Fetch the source code of Linux, whose directories are long documents: about 140 MB, 800 MB unpacked.
+
+    It comes as Debian's package linux-source-6.1, through apt-get; nothing is installed. Then, for a corpus of a tenth
+    of it: `drt data tokenizer --documents directories --share 0.06 -o
+    data/tokenizers/linux DIR/linux`, and `drt data prepare
+    --documents directories --tokenizer data/tokenizers/linux --train-share 0.1 -o data/corpora/linux DIR/linux`.
+    """
+    from rich.console import Console
+
+    from drt.data.linux import SOURCE, fetch_linux
+
+    console = Console(stderr=True)
+    with console.status("linux") as status:
+        found = fetch_linux(output, lambda name: status.update(f"linux/{name}"))
+    console.print(f"{output / SOURCE}: {found['files']:,} files, {found['bytes'] / 1e6:,.0f} MB")
+
+
+SourcesOption = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SOURCE]...",
+        help="Texts, JSON lines (.jsonl), Parquet, each plain, .xz or .gz; folders; hf:NAME[:CONFIG]@SPLIT.",
+        show_default=False,
+    ),
+]
+DocumentsOption = Annotated[
+    str, typer.Option(help="What a document of a folder is: `files`, or `directories` of source code.")
+]
+TextFieldOption = Annotated[str, typer.Option(help="Field of the text in JSON lines and tables.")]
+
+
+@data.command()
+def tokenizer(
+    sources: SourcesOption = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the tokenizer.")
+    ] = Path("data/tokenizers/bpe"),
+    vocab_size: Annotated[
+        int, typer.Option(help="Entries, the 256 bytes and 2 special tokens included.")
+    ] = 8192,
+    megabytes: Annotated[int, typer.Option(min=1, help="Text that is looked at, at most.")] = 50,
+    share: Annotated[
+        float, typer.Option(help="Of the documents, a random choice; never those for tests.")
+    ] = 1.0,
+    documents: DocumentsOption = "files",
+    text_field: TextFieldOption = "text",
+) -> None:
+    """Train a byte-level BPE on text: it gives every text back exactly."""
+    from rich.console import Console
+
+    from drt.data.sources import Source, sample_texts
+    from drt.data.tokenizer import save_tokenizer, train_tokenizer
+    from drt.errors import DRTError
+
+    if not sources:
+        raise DRTError("wanted at least one source of text, got none")
+    console = Console(stderr=True)
+    with console.status("reading") as status:
+        listed = [Source(path=path, text_field=text_field, documents=documents) for path in sources]
+        texts = sample_texts(listed, megabytes * 10**6, share)
+        status.update(f"training on {len(texts)} documents")
+        save_tokenizer(train_tokenizer(texts, vocab_size), output)
+    console.print(f"the tokenizer is in {output}")
+
+
+@data.command()
+def prepare(
+    sources: SourcesOption = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the corpus.", show_default=False)
+    ] = ...,  # type: ignore[assignment]
+    train: Annotated[list[str] | None, typer.Option(metavar="SOURCE", help="Text to train on alone.")] = None,
+    validation: Annotated[
+        list[str] | None, typer.Option(metavar="SOURCE", help="Text to validate on alone.")
+    ] = None,
+    test: Annotated[list[str] | None, typer.Option(metavar="SOURCE", help="Text to test on alone.")] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="`bytes`, a folder with a tokenizer, or a name on the Hugging Face hub.")
+    ] = "bytes",
+    documents: DocumentsOption = "files",
+    text_field: TextFieldOption = "text",
+    validation_share: Annotated[float, typer.Option(help="Of the documents of SOURCE.")] = 0.01,
+    test_share: Annotated[float, typer.Option(help="Of the documents of SOURCE.")] = 0.01,
+    train_share: Annotated[
+        float | None, typer.Option(help="Of the documents of SOURCE.", show_default="the rest")
+    ] = None,
+    min_tokens: Annotated[int, typer.Option(min=1, help="Leave out shorter documents.")] = 1,
+    min_test_tokens: Annotated[int, typer.Option(min=1, help="The same, for validation and test.")] = 1,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="That tokenise.", show_default="one a CPU core")
+    ] = None,
+) -> None:
+    """Turn texts into a corpus: token ids in memory-mapped files, in splits for training, validation and test.
+
+    Documents are never cut: each lies in one split as a whole. Those of SOURCE are dealt out by their names; give
+    --train, --validation and --test for texts that are split already. Run the same command again after an
+    interruption and it goes on.
+    """
+    import os
+
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Column, Table
+
+    from drt.data.prepare import PrepareConfig, prepare_corpus
+    from drt.data.sources import Source
+
+    given = ((None, sources), ("train", train), ("validation", validation), ("test", test))
+    config = PrepareConfig(
+        sources=[
+            Source(path=path, split=split, text_field=text_field, documents=documents)
+            for split, paths in given
+            for path in paths or ()
+        ],
+        tokenizer=tokenizer,
+        validation_share=validation_share,
+        test_share=test_share,
+        train_share=train_share,
+        min_tokens=min_tokens,
+        min_test_tokens=min_test_tokens,
+    )
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=None)
+        manifest = prepare_corpus(
+            config,
+            output,
+            processes=processes or os.cpu_count() or 1,
+            on_progress=lambda done: progress.update(
+                bar,
+                description=f"{done.documents:,} documents, {done.bytes / 1e6:,.0f} MB, {done.tokens:,} tokens",
+            ),
+        )
+    counts = ("documents", "tokens", "bytes")
+    table = Table("split", *(Column(name, justify="right") for name in counts))
+    for split, values in manifest.splits.items():
+        table.add_row(split, *(f"{values[name]:,}" for name in counts))
+    Console().print(table)

@@ -1,0 +1,151 @@
+"""Documents out of every kind of source, and what is wrong with a damaged one."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from drt.data.sources import Document, Source, read_documents, sample_texts
+from drt.errors import DRTError
+
+ROWS = [{"title": "one", "text": "Hä 1"}, {"title": "two", "text": "2"}]
+DOCUMENTS = [Document("one", "Hä 1".encode()), Document("two", b"2")]
+
+
+def read(path: Path | str, **fields: Any) -> list[Document]:
+    return list(read_documents(Source(path=str(path), **fields)))
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)])
+def test_json_lines(tmp_path: Path, suffix: str, pack: Any) -> None:
+    path = tmp_path / f"books.jsonl{suffix}"
+    path.write_bytes(pack("\n\n".join(json.dumps(row) for row in ROWS).encode()))
+    assert read(path) == DOCUMENTS
+
+
+def test_json_lines_in_other_fields(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"body": "a\\ud83d"}\n{"body": " \\n"}\n{"body": "c", "id": 7}\n')
+    assert read(path, text_field="body") == [Document(f"{path}:1", b"a?"), Document("7", b"c")]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    rows = [{"text": row["text"], "title": row["title"], "score": 1.5} for row in ROWS] * 100
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert read(path) == DOCUMENTS * 100
+
+
+def test_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Hä 1")
+    (tmp_path / "b.txt.xz").write_bytes(lzma.compress(b"2"))
+    assert read(tmp_path / "a.txt") == [Document("a.txt", "Hä 1".encode())]
+    assert read(tmp_path / "b.txt.xz") == [Document("b.txt.xz", b"2")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    files = {
+        "b.c": b"bee",
+        "a.h": b"ay",
+        "net/x.c": b"ex",
+        "net/binary": b"\0",
+        "net/latin1": b"\xe9",
+        "net/.hidden": b"no",
+        ".git/x": b"no",
+        "net/core/y.c": b"why",
+        "empty/z": b"",
+    }
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    (folder / "net" / "link").symlink_to(folder / "b.c")
+    return folder
+
+
+def test_files_of_a_folder(folder: Path) -> None:
+    assert read(folder) == [
+        Document("source/a.h", b"ay"),
+        Document("source/b.c", b"bee"),
+        Document("source/net/x.c", b"ex"),
+        Document("source/net/core/y.c", b"why"),
+    ]
+
+
+def test_directories_of_a_folder(folder: Path) -> None:
+    assert read(folder, documents="directories") == [
+        Document("source", b"ay\nbee"),
+        Document("source/net", b"ex"),
+        Document("source/net/core", b"why"),
+    ]
+    with pytest.raises(DRTError, match="wanted files or directories, got 'dirs'"):
+        read(folder, documents="dirs")
+
+
+def test_a_data_set_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, configuration: str | None, *, split: str, streaming: bool) -> Any:
+        asked.append((name, configuration, split, streaming))
+        return iter(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read("hf:someone/pg19@train") == DOCUMENTS
+    assert read("hf:someone/arxiv:small@test") == DOCUMENTS
+    assert asked == [("someone/pg19", None, "train", True), ("someone/arxiv", "small", "test", True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "whole"}\n{"tex', "a.jsonl: wanted JSON lines, but the file is damaged"),
+        ("a.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 1000)[:-20], "a.jsonl.xz: wanted JSON lines"),
+        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: wanted JSON lines"),
+        (
+            "a.jsonl",
+            b'{"body": "x", "id": 1}\n',
+            r"a.jsonl:1: wanted a text in the field 'text', got body, id",
+        ),
+        ("a.jsonl", b"[1]\n", r"a.jsonl:1: wanted a text in the field 'text', got list"),
+        ("a.parquet", b"no table", "a.parquet: wanted a Parquet file"),
+        ("a.txt", b"\0", "a.txt: wanted UTF-8 text"),
+    ],
+)
+def test_damaged_sources_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DRTError, match=message):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("path", ["nothing.jsonl", "hf:name", "hf:@train"])
+def test_missing_sources_are_named(path: str) -> None:
+    with pytest.raises(DRTError, match=f"{path}: (no such file or folder|wanted hf:NAME@SPLIT)"):
+        read(path)
+
+
+def test_a_data_set_that_is_not_to_be_had_is_named() -> None:
+    with pytest.raises(DRTError, match="hf:nobody/nothing@train: the data set cannot be read"):
+        read("hf:nobody/nothing@train")
+
+
+def test_samples(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"id": f"d{number}", "text": "x" * 10}) + "\n" for number in range(200))
+    )
+    source = Source(path=str(path))
+    assert len(sample_texts([source], 35)) == 4
+    assert len(sample_texts([source], 10**6)) == 200
+    assert 40 < len(sample_texts([source], 10**6, 0.3)) < 80
+    with pytest.raises(DRTError, match="hold no text"):
+        sample_texts([source], 0)
