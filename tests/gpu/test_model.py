@@ -1,0 +1,142 @@
+"""A small DRT on a GPU: the same results as on the CPU, no waiting for the device, and training in 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from drt.models.drt import DRTConfig, DRTForCausalLM
+from drt.ops.chunk_retrieval import retrieve_chunks
+
+pytestmark = pytest.mark.gpu
+CONFIG = {
+    "vocab_size": 300,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_lower_layers": 1,
+    "num_upper_layers": 2,
+    "num_groups": 2,
+    "num_encoder_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "chunk_size": 15,
+    "retrieval_top_k": 3,
+    "sliding_window": 20,
+}
+
+
+def build(device: str, **changes: object) -> DRTForCausalLM:
+    torch.manual_seed(0)
+    model = DRTForCausalLM(DRTConfig(**{**CONFIG, **changes}))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.to(device)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Anything that makes the host wait for the device raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("position_embedding", ["alibi", "rope"])
+def test_the_logits_and_gradients_of_the_cpu(position_embedding: str) -> None:
+    tokens = torch.randint(0, 300, (2, 200))
+    results = []
+    for device in ("cpu", "cuda"):
+        model = build(device, position_embedding=position_embedding)
+        output = model(input_ids=tokens.to(device), use_cache=False)
+        output.logits.square().mean().backward()
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        results.append([x.detach().cpu() for x in (output.logits, *grads)])
+    assert len(results[0]) == len(results[1]) > 10
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_generation_is_that_of_the_cpu() -> None:
+    tokens = torch.randint(2, 300, (2, 150))
+    found = [
+        build(device).generate(tokens.to(device), max_new_tokens=20, do_sample=False, eos_token_id=None).cpu()
+        for device in ("cpu", "cuda")
+    ]
+    assert torch.equal(*found)
+
+
+def test_a_training_step_never_waits_for_the_device() -> None:
+    model = build("cuda", gumbel_noise=True).train()
+    tokens = torch.randint(0, 300, (2, 200), device="cuda")
+    for waiting in (True, False):  # the first step compiles kernels and lays the chunks out
+        if waiting:
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            continue
+        with no_waiting():
+            model(input_ids=tokens, labels=tokens).loss.backward()
+
+
+def test_retrieval_never_waits_for_the_device() -> None:
+    query, landmarks = torch.randn(2, 1, 300, 64, device="cuda").unbind(0)
+    visible = torch.arange(300, device="cuda").unsqueeze(0)
+    retrieve_chunks(query, landmarks, visible, top_k=4, gumbel=True)
+    with no_waiting():
+        found = retrieve_chunks(query, landmarks, visible, top_k=4, gumbel=True)
+    assert (found.chunk_indices.cpu() < visible.cpu().unsqueeze(-1)).all()
+
+
+class Operations(TorchDispatchMode):
+    """Keeps the dtype of the queries that our operations get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.dtype]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "drt" and "backward" not in func.name():
+            self.seen.append((func.name(), args[0].dtype))
+        return func(*args, **(kwargs or {}))
+
+
+def test_autocast_trains_by_the_kernels_in_bfloat16() -> None:
+    model = build("cuda").train()
+    tokens = torch.randint(0, 300, (2, 200), device="cuda")
+    with Operations() as operations, torch.autocast("cuda", torch.bfloat16):
+        loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    assert set(operations.seen) == {
+        ("drt::grouped_cross_attention_triton", torch.bfloat16),
+        ("drt::window_attention_triton", torch.bfloat16),
+    }
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+
+
+def test_the_compiled_training_step_is_the_eager_one() -> None:
+    tokens = torch.randint(0, 300, (2, 200), device="cuda")
+    results = []
+    for compiled in (False, True):
+        model = build("cuda").train()
+        run = torch.compile(model) if compiled else model
+        loss = run(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_half_precision_reading_is_near_float32() -> None:
+    tokens = torch.randint(0, 300, (1, 400), device="cuda")
+    model = build("cuda").eval()
+    with torch.inference_mode():
+        exact = model(input_ids=tokens).logits
+        half = model.bfloat16()(input_ids=tokens).logits.float()
+    assert (half - exact).square().mean() < 1e-2 * exact.square().mean()
