@@ -1,17 +1,21 @@
-"""Window attention in blocks: plain batched products, linear in the length, on any device.
+"""Window attention in blocks: torch's own attention on short overlapping pieces, linear in the length, on any device.
 
-Queries are cut into blocks of b positions; a block sees a fixed number of keys before its own, b + W - 1 in all
-(rounded up), so the scores of all blocks are one batched product and one bias of (h, b, b + W - 1) serves them all.
-Keys that do not exist (before ``key_start``) lie in the first blocks only; those blocks alone get a mask of their own.
+Queries are cut into blocks of b positions; a block sees a fixed number of keys before its own, b + W - 1 in all, so
+that all blocks are one batch of small dense problems and one bias of (h, b, b + W - 1) serves them all. The keys of
+neighbouring blocks are overlapping views of one tensor, nothing is copied: positions lead, rows and heads share a
+dimension, and the queries of heads that share keys are rows of one matrix. Keys that do not exist (before
+``key_start``) lie in the first blocks only; those blocks alone get a bias of their own.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-MAX_BLOCK = 64  # queries of a block
+# Queries of a block, for windows up to 256 and beyond: a small block wastes few products on keys outside the band,
+# a large one has fewer overlapping gradients to add up.
+SMALL_BLOCK, LARGE_BLOCK, SMALL_WINDOW = 32, 64, 256
 
 
 def window_attention(
@@ -24,17 +28,14 @@ def window_attention(
     scale: float,
 ) -> Tensor:
     """Arguments as in `drt.ops.window_attention.window_attention`."""
-    _batch, length, _heads, _dim = query.shape
-    past = key.shape[1] - length
-    block = min(length, MAX_BLOCK)
+    batch, length, heads, dim = query.shape
+    kv_heads = key.shape[2]
+    block = min(length, SMALL_BLOCK if window <= SMALL_WINDOW else LARGE_BLOCK)
     blocks = -(-length // block)
     reach = window - 1  # keys before a block that its first query may see
     tail = blocks * block - length
     # Key position 0 of the padded keys is `reach` positions before the first query.
-    front = reach - past
-    key, value = (
-        pad(x, (0, 0, 0, 0, max(front, 0), tail))[:, max(-front, 0) :].transpose(1, 2) for x in (key, value)
-    )
+    front = reach - (key.shape[1] - length)
     if key_start is None:
         furthest = max(front, 0)
         first = torch.full((1,), furthest, device=query.device)
@@ -44,15 +45,22 @@ def window_attention(
         # whose elements share memory must not be where two graphs meet (its gradient would be wrong).
         furthest = int(first.max())
     reaching = min(blocks, -(-furthest // block))  # blocks with slots before the first key
-    query = pad(query * scale, (0, 0, 0, 0, 0, tail)).transpose(1, 2).unflatten(2, (blocks, block))
     span = block + reach
-    key, value = (
-        x.unfold(2, span, block).transpose(-1, -2) for x in (key, value)
-    )  # (B, h_kv, blocks, span, D)
-    bias = _bias(block, span, window, alibi_slopes, query)
-    missing = _missing(first, reaching, block, span) if reaching > 0 else None
-    output = _attend(query, key, value, bias, missing)
-    return output.flatten(2, 3)[:, :, :length].transpose(1, 2)
+    key, value = (_pieces(x, front, tail, span, block) for x in (key, value))
+    query = pad(query, (0, 0, 0, 0, 0, tail)).unflatten(1, (blocks, block)).unflatten(3, (kv_heads, -1))
+    # (blocks, B * h_kv, h / h_kv * b, D)
+    query = query.permute(1, 0, 3, 4, 2, 5).reshape(blocks, batch * kv_heads, -1, dim)
+    bias = _bias(block, span, window, alibi_slopes, query).expand(heads, -1, -1)
+    bias = bias.reshape(kv_heads, -1, span).repeat(batch, 1, 1)  # as the queries of one block
+    output = _attend(query, key, value, bias, _missing(first, reaching, block, span), scale)
+    output = output.reshape(blocks, batch, heads, block, dim).permute(1, 0, 3, 2, 4)
+    return output.flatten(1, 2)[:, :length]
+
+
+def _pieces(x: Tensor, front: int, tail: int, span: int, block: int) -> Tensor:
+    """(B, Lk, h_kv, D) to the keys or values of each block, (blocks, B * h_kv, span, D), overlapping views."""
+    x = pad(x.transpose(0, 1), (0, 0, 0, 0, 0, 0, max(front, 0), tail))[max(-front, 0) :]
+    return x.flatten(1, 2).unfold(0, span, block).transpose(-1, -2)
 
 
 def _bias(block: int, span: int, window: int, slopes: Tensor | None, like: Tensor) -> Tensor:
@@ -72,26 +80,25 @@ def _missing(first: Tensor, reaching: int, block: int, span: int) -> Tensor:
     return start + torch.arange(span, device=first.device) < first.view(-1, 1, 1)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, missing: Tensor | None) -> Tensor:
-    """(B, h, blocks, b, D) queries over (B, h_kv, blocks, span, D) keys."""
-    heads, kv_heads = query.shape[1], key.shape[1]
-    _blocks, block = query.shape[2:4]
-    grouped = query.unflatten(1, (kv_heads, heads // kv_heads)).transpose(2, 3).flatten(3, 4)
-    scores = grouped @ key.transpose(-1, -2)  # (B, h_kv, blocks, heads / h_kv * b, span)
-    scores = scores.view(*scores.shape[:3], -1, block, scores.shape[-1])
-    scores = (
-        scores + bias.view(1, -1, 1, 1, *bias.shape[1:])
-        if bias.shape[0] == 1
-        else scores + bias.view(1, kv_heads, 1, -1, *bias.shape[1:])
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, missing: Tensor, scale: float) -> Tensor:
+    """(blocks, B * h_kv, rows, D) queries over (blocks, B * h_kv, span, D) keys."""
+    reaching = missing.shape[1]
+    if reaching == 0:
+        return scaled_dot_product_attention(query, key, value, bias.unsqueeze(0), scale=scale)
+    hidden = missing.transpose(0, 1).repeat_interleave(bias.shape[0] // missing.shape[0], 1).unsqueeze(2)
+    # Finite, so that a query which sees no key (padding) gets no NaN; its output is then set to 0.
+    least = torch.finfo(bias.dtype).min
+    sees_none = (hidden | (bias == -torch.inf)).all(-1, keepdim=True)
+    head = scaled_dot_product_attention(
+        query[:reaching],
+        key[:reaching],
+        value[:reaching],
+        bias.masked_fill(hidden, -torch.inf).masked_fill(sees_none, least),
+        scale=scale,
+    ).masked_fill(sees_none, 0)
+    if reaching == len(query):
+        return head
+    rest = scaled_dot_product_attention(
+        query[reaching:], key[reaching:], value[reaching:], bias.unsqueeze(0), scale=scale
     )
-    if missing is None:
-        weights = torch.softmax(scores, -1)
-    else:
-        hidden = missing[:, None, :, None, None, :]
-        reaching = missing.shape[1]
-        # Finite, so that a query which sees no key (padding) gets weights 0 and not NaN.
-        head = scores[:, :, :reaching].masked_fill(hidden, torch.finfo(scores.dtype).min)
-        head = torch.softmax(head, -1).masked_fill(hidden, 0)
-        weights = torch.cat([head, torch.softmax(scores[:, :, reaching:], -1)], 2)
-    output = weights.flatten(3, 4) @ value
-    return output.unflatten(3, (-1, block)).transpose(2, 3).flatten(1, 2)
+    return torch.cat([head, rest])
