@@ -112,5 +112,9 @@ class GroupedCrossAttention(nn.Module):
         """
         query = self.q_proj(self.norm(hidden_states))
         query = rearrange(query, block_index, block_inverse).unflatten(-1, (-1, self.head_dim))
-        output = memory.attend(query, self.sink)
+        output = self.attend(query, memory)
         return self.o_proj(rearrange(output.flatten(-2), block_inverse, block_index))
+
+    def attend(self, query: Tensor, memory: RetrievedMemory) -> Tensor:
+        """(B, N * block_size, h, D) queries to outputs of that shape."""
+        return memory.attend(query, self.sink)

@@ -93,6 +93,9 @@ class DRTCache(Cache):
         self.open_states: Tensor | None = (
             None  # (B, S, H) lower-decoder outputs of the open chunk, first slots first
         )
+        self.open_ids: Tensor | None = (
+            None  # (B, S) token ids of the open chunk, where a fixed retriever reads them
+        )
         self.open_lengths: Tensor | None = None  # (B,) on the CPU
         self.closed_counts: Tensor | None = None  # (B,) on the CPU: chunks closed so far
         self.selections: list[RetrievedMemory | None] = [None] * config.num_groups
@@ -124,6 +127,8 @@ class DRTCache(Cache):
         self.store.select_rows(rows)
         if self.open_states is not None:
             self.open_states = self.open_states[rows]
+        if self.open_ids is not None:
+            self.open_ids = self.open_ids[rows]
         if self.open_lengths is not None:
             self.open_lengths = self.open_lengths[rows.cpu()]
         if self.closed_counts is not None:
@@ -162,7 +167,7 @@ class DRTCache(Cache):
             layer.is_initialized = False
         self.store.clear()
         self.seen_tokens = 0
-        self.open_states = self.open_lengths = self.closed_counts = None
+        self.open_states = self.open_ids = self.open_lengths = self.closed_counts = None
         self.selections = [None] * len(self.selections)
 
     def _batch_size(self) -> int:

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from drt.layers.fixed_retrievers import FIXED_RETRIEVERS
+
 
 @strict
 class DRTConfig(PreTrainedConfig):
@@ -37,6 +39,9 @@ class DRTConfig(PreTrainedConfig):
             retrieved. ``False`` is the paper's rule.
         gumbel_noise: add Gumbel noise to the scores before the selection, in training mode only.
         learned_temperature: multiply retrieval scores by a learned factor per group (ours; starts at 1).
+        retriever: ``"learned"``, or what it is compared with: a fixed one, ``"random"``, ``"bm25"`` over token ids or
+            ``"embedding"`` (an off-the-shelf text embedder, see `drt.models.drt.embedder`), whose chunks are read by
+            chunked cross-attention: one softmax over all of them, no weights. Fixed ones have one group.
         retrieval: ``False`` removes encoder, retrieval and grouped cross-attention: the window model alone.
         rms_norm_eps: epsilon of the decoder's norms.
         encoder_rms_norm_eps: epsilon of the norms inside the chunk encoder.
@@ -68,6 +73,7 @@ class DRTConfig(PreTrainedConfig):
     landmark_predicts: bool = True
     gumbel_noise: bool = False
     learned_temperature: bool = False
+    retriever: str = "learned"
     retrieval: bool = True
     rms_norm_eps: float | int = 1e-5
     encoder_rms_norm_eps: float | int = 1e-6
@@ -145,6 +151,17 @@ class DRTConfig(PreTrainedConfig):
         if self.num_upper_layers % max(self.num_groups, 1):  # 0 is refused by validate_sizes
             raise ValueError(
                 f"num_groups must divide num_upper_layers, got {self.num_groups} and {self.num_upper_layers}"
+            )
+
+    def validate_retriever(self) -> None:
+        """Part of ``PreTrainedConfig`` validation: a known retriever, and nothing asked of it that it cannot do."""
+        known = ("learned", *FIXED_RETRIEVERS)
+        if self.retriever not in known:
+            raise ValueError(f"retriever must be one of {', '.join(known)}, got {self.retriever!r}")
+        if self.retriever != "learned" and (self.num_groups > 1 or self.learned_temperature):
+            raise ValueError(
+                f"retriever {self.retriever!r} retrieves the same for every group and has nothing to learn: num_groups "
+                f"must be 1 and learned_temperature False, got {self.num_groups} and {self.learned_temperature}"
             )
 
     def validate_position_embedding(self) -> None:

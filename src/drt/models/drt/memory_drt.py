@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from drt.layers.fixed_retrievers import FixedRetriever
 from drt.layers.grouped_cross_attention import RetrievedMemory
 from drt.layers.retriever import Retriever
 from drt.models.drt.cache_drt import DRTCache
 from drt.models.drt.chunk_layout import ChunkLayout
+from drt.ops.chunk_retrieval import RetrievedChunks
 
 
 class ChunkMemory:
@@ -20,7 +24,7 @@ class ChunkMemory:
     Args:
         keys: (B, N, S, h_kv, D) of the chunks that close in this pass.
         values: (B, N, S, h_kv, D).
-        landmarks: (B, N, H).
+        landmarks: (B, N, H) retrieval keys, or (B, N, E) those of a fixed retriever.
         layout: of this pass.
         cache: the decoding state, or ``None``.
     """
@@ -43,7 +47,7 @@ class ChunkMemory:
         self.visible = torch.where(closes, visible, 0).to(landmarks.device)
 
     def retrieve(
-        self, group: int, retriever: Retriever, hidden_states: Tensor, gumbel: bool
+        self, group: int, retriever: Retriever | FixedRetriever, hidden_states: Tensor, gumbel: bool
     ) -> RetrievedMemory:
         """What group ``group`` reads in each block of positions.
 
@@ -57,30 +61,49 @@ class ChunkMemory:
             N + 1 blocks: first what the cache carries from earlier passes (nothing without one), then what each of
             the N landmarks among the positions retrieves.
         """
-        states = hidden_states.flatten(0, 1)[self.layout.upper.landmark_index]
+        ask = self._ask(retriever, hidden_states, gumbel)
         if self.cache is None:
-            found = retriever(states, self.landmarks, self.visible, gumbel)
+            found = ask(self.landmarks)
             indices = pad(found.chunk_indices, (0, 0, 1, 0), value=-1)
             weights = pad(found.chunk_weights, (0, 0, 1, 0))
             return RetrievedMemory(self.keys, self.values, self.layout.chunk_lengths, indices, weights)
-        return self._retrieve_from_cache(self.cache, group, retriever, states, gumbel)
+        return self._retrieve_from_cache(self.cache, group, retriever.top_k, ask)
+
+    def _ask(
+        self, retriever: Retriever | FixedRetriever, hidden_states: Tensor, gumbel: bool
+    ) -> Callable[[Tensor | Sequence[Tensor]], RetrievedChunks]:
+        """The retriever with its queries: from landmarks to what the chunks that close here select of them."""
+        upper = self.layout.upper
+        if isinstance(retriever, FixedRetriever):  # it asks by text, so by the keys of the chunks themselves
+            chunk = upper.skipped_chunks.unsqueeze(1) + torch.arange(self.visible.shape[1])
+            chunk = chunk.clamp_max(max(self.landmarks.shape[1] - 1, 0)).to(self.landmarks.device)
+            rows = torch.arange(len(chunk), device=chunk.device).unsqueeze(1)
+            query = self.landmarks[rows, chunk]
+            return lambda landmarks: retriever(query, landmarks, self.visible)
+        states = hidden_states.flatten(0, 1)[upper.landmark_index]
+        return lambda landmarks: retriever(states, landmarks, self.visible, gumbel)
 
     def _retrieve_from_cache(
-        self, cache: DRTCache, group: int, retriever: Retriever, states: Tensor, gumbel: bool
+        self,
+        cache: DRTCache,
+        group: int,
+        top_k: int,
+        ask: Callable[[Tensor | Sequence[Tensor]], RetrievedChunks],
     ) -> RetrievedMemory:
         carried = cache.selections[group]
         if carried is None:
-            carried = self._nothing(retriever.top_k)
-        if states.shape[1] == 0:
+            carried = self._nothing(top_k)
+        if self.visible.shape[1] == 0:
             return RetrievedMemory(*(tensor.unsqueeze(1) for tensor in carried))
-        found = retriever(states, cache.store.landmark_blocks(), self.visible, gumbel)
+        found = ask(cache.store.landmark_blocks())
         gathered = cache.store.gather(found.chunk_indices)
-        new = (*(t.to(states.device) for t in gathered), found.chunk_indices, found.chunk_weights)
+        device = self.keys.device
+        new = (*(t.to(device) for t in gathered), found.chunk_indices, found.chunk_weights)
         blocks = RetrievedMemory(
             *(torch.cat([old.unsqueeze(1), t], 1) for old, t in zip(carried, new, strict=True))
         )
-        rows = torch.arange(states.shape[0], device=states.device)
-        last = self.layout.upper.closed_counts.to(states.device)
+        rows = torch.arange(len(self.visible), device=device)
+        last = self.layout.upper.closed_counts.to(device)
         cache.selections[group] = RetrievedMemory(*(tensor[rows, last] for tensor in blocks))
         return blocks
 

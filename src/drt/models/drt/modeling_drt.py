@@ -17,6 +17,8 @@ from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
 from drt.layers.chunk_encoder import ChunkEncoder
+from drt.layers.chunked_cross_attention import ChunkedCrossAttention
+from drt.layers.fixed_retrievers import FIXED_RETRIEVERS, FixedRetriever
 from drt.layers.grouped_cross_attention import GroupedCrossAttention, RetrievedMemory
 from drt.layers.mlp import SwiGLU
 from drt.layers.retriever import Retriever
@@ -84,7 +86,9 @@ class DRTUpperLayer(GradientCheckpointingLayer):
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.window_attention = _window_attention(config)
         if config.retrieval:
-            self.grouped_cross_attention = GroupedCrossAttention(
+            learned = config.retriever == "learned"
+            attention = GroupedCrossAttention if learned else ChunkedCrossAttention
+            self.grouped_cross_attention = attention(
                 config.hidden_size,
                 config.num_attention_heads,
                 config.key_value_shape[1],
@@ -161,15 +165,7 @@ class DRTModel(DRTPreTrainedModel):
             memory_width = num_key_value_heads * head_dim
             self.chunk_k_proj = nn.Linear(config.hidden_size, memory_width, bias=False)
             self.chunk_v_proj = nn.Linear(config.hidden_size, memory_width, bias=False)
-            self.retrievers = nn.ModuleList(
-                Retriever(
-                    config.hidden_size,
-                    config.retrieval_top_k,
-                    config.rms_norm_eps,
-                    config.learned_temperature,
-                )
-                for _ in range(config.num_groups)
-            )
+            self.retrievers = nn.ModuleList(_retriever(config) for _ in range(config.num_groups))
         self.upper_layers = nn.ModuleList(DRTUpperLayer(config) for _ in range(config.num_upper_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
@@ -238,7 +234,9 @@ class DRTModel(DRTPreTrainedModel):
         )
         for layer, state in zip(self.lower_layers, states, strict=False):
             hidden_states = layer(hidden_states, state)
-        hidden_states, retrieved = self._upper(hidden_states, layout, cache, states[len(self.lower_layers) :])
+        memory = self._remember(source, hidden_states, layout, cache) if self.config.retrieval else None
+        upper_states = states[len(self.lower_layers) :]
+        hidden_states, retrieved = self._upper(hidden_states, layout, memory, upper_states)
         if cache is not None:
             cache.finish(layout, length)
         output = hidden_states.flatten(0, 1)[layout.upper.output_index]
@@ -277,18 +275,17 @@ class DRTModel(DRTPreTrainedModel):
         self,
         hidden_states: Tensor,
         layout: ChunkLayout,
-        cache: DRTCache | None,
+        memory: ChunkMemory | None,
         states: Sequence[WindowState | None],
     ) -> tuple[Tensor, list[RetrievedMemory]]:
         """Groups of upper layers; returns their output and what each group retrieved."""
-        memory = self._remember(hidden_states, layout, cache) if self.config.retrieval else None
         if layout.upper.index is not None:
             hidden_states = hidden_states.flatten(0, 1)[layout.upper.index]
         per_group = len(self.upper_layers) // self.config.num_groups
         retrieved: list[RetrievedMemory] = []
         for number, layer in enumerate(self.upper_layers):
             if memory is not None and number % per_group == 0:
-                retriever: Retriever = self.retrievers[number // per_group]  # type: ignore[assignment]
+                retriever: Retriever | FixedRetriever = self.retrievers[number // per_group]  # type: ignore[assignment]
                 gumbel = self.training and self.config.gumbel_noise
                 retrieved.append(memory.retrieve(number // per_group, retriever, hidden_states, gumbel))
             hidden_states = layer(
@@ -300,7 +297,9 @@ class DRTModel(DRTPreTrainedModel):
             )
         return hidden_states, retrieved
 
-    def _remember(self, hidden_states: Tensor, layout: ChunkLayout, cache: DRTCache | None) -> ChunkMemory:
+    def _remember(
+        self, given: Tensor, hidden_states: Tensor, layout: ChunkLayout, cache: DRTCache | None
+    ) -> ChunkMemory:
         """Encode the chunks that close in this pass and add them to the memory."""
         source = hidden_states
         if layout.carried:
@@ -317,7 +316,26 @@ class DRTModel(DRTPreTrainedModel):
         _, head_dim = self.config.key_value_shape
         keys = self.chunk_k_proj(encoded).unflatten(-1, (-1, head_dim))
         values = self.chunk_v_proj(encoded).unflatten(-1, (-1, head_dim))
+        if isinstance(self.retrievers[0], FixedRetriever):
+            ids = self._chunk_ids(given, layout, cache)
+            landmarks = self.retrievers[0].encode(ids, layout.chunk_lengths)
         return ChunkMemory(keys, values, landmarks, layout, cache)
+
+    def _chunk_ids(self, given: Tensor, layout: ChunkLayout, cache: DRTCache | None) -> Tensor:
+        """(B, N, S) token ids of the chunks that close in this pass; keeps those of the open one in the cache."""
+        if given.dim() != 2:
+            raise ValueError(
+                f"retriever {self.config.retriever!r} reads token ids: input_ids is wanted, got inputs_embeds"
+            )
+        ids = given.flatten()[layout.token_index]
+        if layout.carried:
+            if cache is None or cache.open_ids is None:
+                raise ValueError("past_key_values was filled by a model without a fixed retriever")
+            ids = torch.cat([cache.open_ids, ids], 1)
+        flat = ids.flatten()
+        if cache is not None:
+            cache.open_ids = flat[layout.open_index]
+        return flat[layout.encoder_index]
 
 
 class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
@@ -457,3 +475,11 @@ def _window_attention(config: DRTConfig) -> WindowAttention:
         config.position_embedding,
         config.rope_theta,
     )
+
+
+def _retriever(config: DRTConfig) -> Retriever | FixedRetriever:
+    if config.retriever == "learned":
+        return Retriever(
+            config.hidden_size, config.retrieval_top_k, config.rms_norm_eps, config.learned_temperature
+        )
+    return FIXED_RETRIEVERS[config.retriever](config.retrieval_top_k, config.vocab_size)
