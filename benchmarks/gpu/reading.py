@@ -1,0 +1,80 @@
+"""Prefill and decoding of one text that grows from 16K to 16M tokens, its chunk memory on the GPU or in host memory.
+
+    python benchmarks/gpu/reading.py --output results --store host
+
+The paper's 128M sizes in bfloat16 with random weights, two retrieval groups, one stream read in segments. At each
+length: tokens/s of what was read since the last, ms a token of decoding (a whole number of chunks), GPU memory.
+"of 16K" is a token's time over its time at the first length.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import Report, parser
+
+from drt.memory import DeviceStore, HostStore
+from drt.models.drt import DRTCache, DRTConfig, DRTForCausalLM
+
+STORES: dict[str, Callable[[], Any]] = {"device": DeviceStore, "host": HostStore}
+SEGMENT = 2**14
+DECODED = 126  # two chunks
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--store", choices=sorted(STORES), default="device")
+    arguments = options.parse_args()
+    report = Report(f"reading-{arguments.store}", arguments)
+    device = report.device
+    lengths = [300, 900] if arguments.tiny else [2**14, 2**16, 2**18, 2**20, 2**22, 2**24]
+    segment = 256 if arguments.tiny else SEGMENT
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4} if arguments.tiny else {}
+    config = DRTConfig(vocab_size=50257, num_groups=2, **sizes)
+    torch.manual_seed(0)
+    model = DRTForCausalLM(config).to(device, torch.bfloat16).eval()
+    cache = DRTCache(config, STORES[arguments.store]())
+    first: list[float] = []
+
+    def wait() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def read(count: int) -> None:
+        tokens = torch.randint(0, config.vocab_size, (1, count), device=device)
+        model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def measure(length: int) -> dict[str, Any]:
+        new = length - cache.seen_tokens
+        start = wait()
+        while cache.seen_tokens < length:
+            if time.monotonic() > report.end:
+                raise TimeoutError(f"out of time after {cache.seen_tokens} tokens")
+            read(min(segment, length - cache.seen_tokens))
+        prefill = wait() - start
+        read(1)  # the first single token pays for what is compiled or allocated once
+        start = wait()
+        for _ in range(DECODED):
+            read(1)
+        decoding = (wait() - start) / DECODED
+        first.append(decoding)
+        return {
+            "prefill_tokens_per_s": new / prefill,
+            "decode_ms": decoding * 1e3,
+            "of_16k": decoding / first[0],
+            "device_mib": torch.cuda.memory_allocated() / 2**20 if device.type == "cuda" else None,
+        }
+
+    with torch.inference_mode():
+        read(segment)  # the first pass compiles; its text stays in front
+        for length in lengths:
+            report.case({"case": arguments.store, "tokens": length}, lambda n=length: measure(n))
+    report.show(["case", "tokens", "prefill_tokens_per_s", "decode_ms", "of_16k", "device_mib"])
+
+
+if __name__ == "__main__":
+    main()
