@@ -181,6 +181,7 @@ def test_positions_are_merged_over_documents() -> None:
     assert list(score_by_position(records)) == [(0, 8), (8, 16), (16, 32), (32, 64)]
     assert list(score_by_position(records, [64, 128])) == [(0, 64)]
     assert list(score_by_position([make(16, [8, 16], [7, 8])], [16])) == [(0, 16)]
+    assert list(score_by_position(records[:1], [16, 48])) == [(0, 16), (16, 48)]
 
 
 def test_positions_that_were_not_kept_are_refused() -> None:

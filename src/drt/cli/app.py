@@ -22,7 +22,11 @@ from drt.errors import DRTError
 
 COMMANDS = {
     "needle": "Find needles in texts of any length.",
+    "eval": "Evaluate models: perplexity, needles, benchmarks, summaries.",
+    "report": "Write one page from evaluation records.",
     "generate": "Continue a text of any length.",
+    "memory": "Read documents once and keep the memory of them.",
+    "ask": "Ask questions of a memory.",
     "convert": "Convert a checkpoint of the paper's authors.",
     "train": "Train a model from one YAML file.",
     "data": "Fetch texts to train and evaluate on.",

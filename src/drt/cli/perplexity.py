@@ -1,0 +1,282 @@
+"""`drt eval perplexity` and `drt eval runs`: how well models predict whole documents."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from drt.cli.shared import choose_device, choose_dtype, reading_progress
+from drt.errors import DRTError, Interrupted
+
+if TYPE_CHECKING:
+    from drt.eval.results import EvaluationRecord
+    from drt.report.tables import Table
+
+Data = Annotated[
+    Path,
+    typer.Option(metavar="CORPUS|FILE", help="A corpus that `drt data prepare` made, or one text file."),
+]
+Split = Annotated[str, typer.Option(help="Split of the corpus.")]
+Lengths = Annotated[str, typer.Option(metavar="N,N,...", help="Where the position buckets of the table end.")]
+Shortest = Annotated[str, typer.Option(metavar="N", help="Leave out documents of fewer tokens.")]
+Longest = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="Read so many tokens of a document at most. Default: all of it."),
+]
+Documents = Annotated[int, typer.Option(min=0, help="Read the first so many documents; 0: all.")]
+SegmentSize = Annotated[
+    str, typer.Option(metavar="N", help="Tokens read in one pass; more of them take more memory.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Documents read side by side. Losses are the same.")]
+Reference = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Model to compare the others with. Default: the best.")
+]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as there are cores.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: what the checkpoint holds.")]
+
+
+def perplexity(
+    checkpoint: Annotated[
+        list[Path], typer.Option(metavar="DIR", help="Folder of a model; may be repeated.")
+    ],
+    data: Data,
+    json: Annotated[
+        Path, typer.Option(metavar="FILE", help="Where the records go, JSON lines; what it held is replaced.")
+    ] = Path("perplexity.jsonl"),
+    split: Split = "test",
+    lengths: Lengths = "2K,16K,64K,256K",
+    shortest: Shortest = "2",
+    longest: Longest = None,
+    documents: Documents = 0,
+    segment_size: SegmentSize = "4K",
+    batch_size: BatchSize = 1,
+    reference: Reference = None,
+    threads: Threads = 0,
+    device: Device = "auto",
+    dtype: Dtype = None,
+) -> None:
+    """Read whole documents with one or several models, and compare how well they predict them.
+
+    Every token is predicted from all that stands before it in its document: the model reads on through its cache, and
+    a chunk memory streams along. The table shows perplexity, bits per byte, and bits per byte by position; with several
+    models also the paired differences between them, with bootstrap intervals over documents. A record a document is
+    written, with sums by position. K is 1024 tokens, M is 1024 x 1024.
+
+    Examples:
+
+        drt eval perplexity --checkpoint runs/lm/drt/final --data data/corpora/books --json drt.jsonl
+
+        drt eval perplexity --checkpoint a --checkpoint b --data book.txt --longest 64K
+    """
+    from drt.eval.results import RecordWriter
+
+    settings = _settings(
+        data, split, lengths, shortest, longest, documents, segment_size, batch_size, threads, device, dtype
+    )
+    models = {str(folder): folder for folder in checkpoint}
+    records: list[EvaluationRecord] = []
+    with RecordWriter(json) as writer:
+        for record in _evaluate(models, settings):
+            writer.write(record)
+            records.append(record)
+    show(records, settings, reference)
+    Console().print(f"records: {json}", highlight=False)
+
+
+def runs(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Training runs: FOLDER/NAME/final holds a model.")
+    ],
+    data: Data,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Where records and report go.")
+    ],
+    only: Annotated[str, typer.Option(metavar="PATTERN", help="Runs to take, such as 'books-*'.")] = "*",
+    split: Split = "test",
+    lengths: Lengths = "2K,16K,64K,256K",
+    shortest: Shortest = "2",
+    longest: Longest = None,
+    documents: Documents = 0,
+    segment_size: SegmentSize = "4K",
+    batch_size: BatchSize = 1,
+    reference: Reference = None,
+    threads: Threads = 0,
+    device: Device = "auto",
+    dtype: Dtype = None,
+) -> None:
+    """Evaluate every finished training run of a folder on the same documents, and write the report.
+
+    Each run's records go to DIR/NAME.jsonl when all of its documents are read. A run that has such a file is not read
+    again: after a stop the same command goes on, and new runs join the report. Runs whose names differ only in an
+    ending such as -s0 or -seed1 are seeds of one model.
+
+    Example:
+
+        drt eval runs runs/lm --only 'books-*' --data data/corpora/books -o results/books
+    """
+    from drt.eval.results import EvaluationRecord, read_records
+    from drt.eval.runs import find_runs
+    from drt.report.page import build_page, write_page
+
+    settings = _settings(
+        data, split, lengths, shortest, longest, documents, segment_size, batch_size, threads, device, dtype
+    )
+    found = find_runs(folder, only)
+    files = {name: output / f"{name}.jsonl" for name in found}
+    waiting = {name: path for name, path in found.items() if not files[name].exists()}
+    kept = [name for name in found if name not in waiting]
+    if kept:
+        Console(stderr=True).print(f"kept, not read again: {', '.join(kept)}", highlight=False)
+    output.mkdir(parents=True, exist_ok=True)
+    done: dict[str, list[EvaluationRecord]] = {}
+    for record in _evaluate(waiting, settings):
+        if record.checkpoint not in done:
+            _write_finished(done, files)
+        done.setdefault(record.checkpoint, []).append(record)
+    _write_finished(done, files)
+    records = [record for path in files.values() for record in read_records(path, EvaluationRecord)]
+    show(records, settings, reference)
+    blocks = build_page(records, reference=reference, positions=settings.positions)
+    pages = write_page(blocks, output)
+    Console().print(f"records: {output}, report: {', '.join(map(str, pages))}", highlight=False)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    data: Path
+    split: str
+    positions: tuple[int, ...]
+    shortest: int
+    longest: int | None
+    documents: int | None
+    segment_size: int
+    batch_size: int
+    device: str
+    dtype: str | None
+
+
+def _settings(
+    data: Path,
+    split: str,
+    lengths: str,
+    shortest: str,
+    longest: str | None,
+    documents: int,
+    segment_size: str,
+    batch_size: int,
+    threads: int,
+    device: str,
+    dtype: str | None,
+) -> _Settings:
+    """Options as numbers; sets the number of threads.
+
+    Raises:
+        DRTError: an option that cannot be understood.
+    """
+    import torch
+
+    from drt.data.needles import parse_length
+
+    if threads:
+        torch.set_num_threads(threads)
+    return _Settings(
+        data=data,
+        split=split,
+        positions=tuple(sorted({parse_length(part) for part in lengths.split(",")})),
+        shortest=parse_length(shortest),
+        longest=None if longest is None else parse_length(longest),
+        documents=documents or None,
+        segment_size=parse_length(segment_size),
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _evaluate(models: dict[str, Path], settings: _Settings) -> Iterator[EvaluationRecord]:
+    """Records of each model in turn: of its training, if it is known, then of each document.
+
+    Raises:
+        Interrupted: Ctrl-C.
+    """
+    from drt.eval.documents import load_documents
+    from drt.eval.perplexity import evaluate_perplexity
+    from drt.eval.runs import training_record
+    from drt.models.loading import load_model
+
+    target = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype)
+    with reading_progress() as progress:
+        for number, (name, folder) in enumerate(models.items(), start=1):
+            model, tokenizer = load_model(folder, dtype)
+            documents = load_documents(
+                settings.data,
+                tokenizer,
+                split=settings.split,
+                shortest=settings.shortest,
+                longest=settings.longest,
+                count=settings.documents,
+            )
+            training = training_record(folder, name)
+            if training is not None:
+                yield training
+            total = sum(len(document.tokens) for document in documents)
+            bar = progress.add_task(f"{name} ({number} of {len(models)})", total=total)
+            try:
+                yield from evaluate_perplexity(
+                    model.to(target),  # type: ignore[arg-type]
+                    tokenizer,
+                    documents,
+                    checkpoint=name,
+                    data=_data_name(settings),
+                    positions=settings.positions,
+                    segment_size=settings.segment_size,
+                    batch_size=settings.batch_size,
+                    on_progress=lambda tokens, bar=bar: progress.advance(bar, tokens),  # type: ignore[misc]
+                )
+            except KeyboardInterrupt as interrupt:
+                raise Interrupted(
+                    f"stopped while {name} was read; records of models before it are whole"
+                ) from (interrupt)
+
+
+def _data_name(settings: _Settings) -> str:
+    """Corpus and split, or the file."""
+    return f"{settings.data.name} {settings.split}" if settings.data.is_dir() else settings.data.name
+
+
+def _write_finished(done: dict[str, list[EvaluationRecord]], files: dict[str, Path]) -> None:
+    """Write and forget the models in `done`; a file is there whole or not at all."""
+    from drt.eval.results import RecordWriter
+
+    for name in list(done):
+        temporary = files[name].with_suffix(".tmp")
+        with RecordWriter(temporary) as writer:
+            for record in done.pop(name):
+                writer.write(record)
+        os.replace(temporary, files[name])
+
+
+def show(records: Sequence[EvaluationRecord], settings: _Settings, reference: str | None) -> None:
+    """Print the tables of perplexity records."""
+    from drt.cli.tables import to_rich
+    from drt.eval.results import PerplexityRecord
+    from drt.report.models import group_seeds
+    from drt.report.tables import difference_table, perplexity_table
+
+    models = group_seeds([record for record in records if isinstance(record, PerplexityRecord)])
+    if reference is not None and reference not in models:
+        raise DRTError(f"--reference: wanted one of {', '.join(models)}, got {reference!r}")
+    console = Console()
+    tables: list[Table] = [perplexity_table(_data_name(settings), models, settings.positions)]
+    if len(models) > 1:
+        tables.append(difference_table(_data_name(settings), models, reference))
+    for table in tables:
+        console.print(to_rich(table))

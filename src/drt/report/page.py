@@ -1,0 +1,217 @@
+"""One page from evaluation records: Markdown with pictures beside it, and the same as one HTML file."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TypeVar
+
+from matplotlib.figure import Figure
+
+from drt.errors import DRTError
+from drt.eval.perplexity import COLUMNS
+from drt.eval.results import (
+    AnswerRecord,
+    EvaluationRecord,
+    NeedleRecord,
+    PerplexityRecord,
+    TrainingRecord,
+)
+from drt.plotting.cost import plot_cost
+from drt.plotting.needle import plot_needles
+from drt.plotting.perplexity import plot_loss_by_position
+from drt.report import paper
+from drt.report.models import group_seeds
+from drt.report.tables import (
+    Table,
+    answer_table,
+    difference_table,
+    needle_table,
+    perplexity_table,
+    seeds_table,
+    training_table,
+)
+
+TITLE = "Evaluation"
+MARKDOWN, HTML = "report.md", "report.html"
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; margin: 0.75rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.25rem 0.75rem; text-align: right; border-bottom: 1px solid #e5e5e5; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+tr:hover td { background: #f6f8fa; }
+section > div { overflow-x: auto; }
+img { max-width: 100%; }
+p { max-width: 50rem; color: #444; }
+"""
+RecordT = TypeVar("RecordT", bound=EvaluationRecord)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, the name of its file and what it shows."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+
+Block = Table | Picture
+
+
+def build_page(
+    records: Sequence[EvaluationRecord],
+    *,
+    reference: str | None = None,
+    positions: Sequence[int] = COLUMNS,
+) -> list[Block]:
+    """The tables and figures that the records allow, with the paper's numbers among them.
+
+    Args:
+        records: of any kinds.
+        reference: model that the others are compared with in language modelling. None: the best one.
+        positions: ends of the position buckets in tables.
+
+    Raises:
+        DRTError: no records, models that were evaluated on different documents, a reference that is no model.
+    """
+    if not records:
+        raise DRTError("wanted at least one record to report, got none")
+    blocks: list[Block] = []
+    documents = _of_kind(records, PerplexityRecord)
+    for data in dict.fromkeys(record.data for record in documents):
+        chosen = [record for record in documents if record.data == data]
+        blocks += _language_modelling(data, chosen, reference, positions)
+    if documents:
+        blocks.append(paper.LANGUAGE_MODELLING)
+    if trainings := _of_kind(records, TrainingRecord):
+        blocks.append(training_table(trainings))
+    blocks += _needles(_of_kind(records, NeedleRecord))
+    answers = _of_kind(records, AnswerRecord)
+    for task in dict.fromkeys(record.task for record in answers):
+        blocks.append(answer_table(task, group_seeds([record for record in answers if record.task == task])))
+    return blocks
+
+
+def write_page(blocks: Sequence[Block], folder: Path | str) -> tuple[Path, Path]:
+    """Write `report.md` with the pictures beside it, and `report.html` with everything in it.
+
+    Args:
+        blocks: as `build_page` gives them.
+        folder: where the files go; made if it is missing.
+
+    Returns:
+        The paths of the two pages.
+
+    Raises:
+        DRTError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    pictures = {block.name: _png(block.figure) for block in blocks if isinstance(block, Picture)}
+    files = pictures | {
+        MARKDOWN: to_markdown(blocks).encode(),
+        HTML: to_html(blocks, pictures).encode(),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            temporary = folder / f"{name}.tmp"
+            temporary.write_bytes(content)
+            os.replace(temporary, folder / name)
+    except OSError as error:
+        raise DRTError(f"{folder}: the report cannot be written: {error}") from error
+    return folder / MARKDOWN, folder / HTML
+
+
+def to_markdown(blocks: Sequence[Block]) -> str:
+    """The page as GitHub shows it; pictures by their file names."""
+    parts = [f"# {TITLE}"]
+    for block in blocks:
+        if isinstance(block, Picture):
+            parts.append(f"![{block.caption}]({block.name})\n\n{block.caption}")
+            continue
+        parts.append(f"## {block.title}")
+        lines = [block.columns, ("---", *["---:"] * (len(block.columns) - 1)), *block.rows]
+        parts.append("\n".join(map(_markdown_row, lines)))
+        if block.note:
+            parts.append(block.note)
+    return "\n\n".join(parts) + "\n"
+
+
+def to_html(blocks: Sequence[Block], pictures: dict[str, bytes]) -> str:
+    """The page in one file: no script, nothing from elsewhere. `pictures`: name -> PNG."""
+    parts = []
+    for block in blocks:
+        if isinstance(block, Picture):
+            data = base64.b64encode(pictures[block.name]).decode()
+            image = f'<img alt="{escape(block.caption)}" src="data:image/png;base64,{data}">'
+            parts.append(f"<figure>{image}<figcaption><p>{escape(block.caption)}</p></figcaption></figure>")
+            continue
+        head = "".join(f"<th>{escape(cell)}</th>" for cell in block.columns)
+        body = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in block.rows)
+        table = f"<div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        note = f"<p>{escape(block.note)}</p>" if block.note else ""
+        parts.append(f"<section><h2>{escape(block.title)}</h2>{table}{note}</section>")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{TITLE}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>{TITLE}</h1>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _html_cell(cell: str) -> str:
+    bold = cell.startswith("**")
+    text = escape(cell.strip("*") if bold else cell)
+    return f"<td>{f'<strong>{text}</strong>' if bold else text}</td>"
+
+
+def _language_modelling(
+    data: str, records: Sequence[PerplexityRecord], reference: str | None, positions: Sequence[int]
+) -> list[Block]:
+    models = group_seeds(records)
+    if reference is not None and reference not in models:
+        raise DRTError(f"wanted a reference of {', '.join(models)}, got {reference!r}")
+    blocks: list[Block] = [perplexity_table(data, models, positions)]
+    if len(models) > 1:
+        blocks.append(difference_table(data, models, reference))
+    if (seeds := seeds_table(data, models)).rows:
+        blocks.append(seeds)
+    name = "".join(letter if letter.isalnum() else "-" for letter in data).strip("-")
+    caption = f"Bits per byte by position in the document: {data}"
+    figure = plot_loss_by_position(models, reference)
+    return [*blocks, Picture(f"loss-by-position-{name}.png", caption, figure)]
+
+
+def _needles(records: Sequence[NeedleRecord]) -> list[Block]:
+    if not records:
+        return []
+    blocks: list[Block] = []
+    for task in dict.fromkeys(record.task for record in records):
+        models = group_seeds([record for record in records if record.task == task])
+        table = needle_table(task, models, paper.NEEDLES.get(task))
+        note = f"{table.note} {paper.NEEDLE_NOTES.get(task, '')}".strip()
+        blocks.append(Table(table.title, table.columns, table.rows, note))
+    blocks.append(
+        Picture("needles.png", "Needles found, by length of the text and depth in it", plot_needles(records))
+    )
+    cost = plot_cost(group_seeds(records))
+    return [*blocks, Picture("cost.png", "What reading and answering cost, by length of the text", cost)]
+
+
+def _of_kind(records: Sequence[EvaluationRecord], kind: type[RecordT]) -> list[RecordT]:
+    return [record for record in records if isinstance(record, kind)]
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()

@@ -1,0 +1,104 @@
+"""`drt eval perplexity`, `drt eval runs` and `drt report` from the outside."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from drt.eval.results import EvaluationRecord, PerplexityRecord, TrainingRecord, read_records
+
+from .conftest import Drt
+
+TRAINING = {
+    "seed": 0,
+    "steps": 5,
+    "tokens": 500,
+    "parameters": 4242,
+    "wall_seconds": 3.0,
+    "machine": {"device": "cpu"},
+}
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "book.txt"
+    path.write_text("It was the best of times, it was the worst of times. " * 12)
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path: Path, checkpoint: Path) -> Path:
+    """Two finished runs, the seeds of one model, and one that is not finished."""
+    for name in ("drt-s0", "drt-s1"):
+        shutil.copytree(checkpoint, tmp_path / "runs" / name / "final")
+        (tmp_path / "runs" / name / "final" / "training.json").write_text(json.dumps(TRAINING))
+    (tmp_path / "runs" / "other").mkdir()
+    return tmp_path / "runs"
+
+
+def test_perplexity_of_one_model(drt: Drt, checkpoint: Path, text: Path) -> None:
+    result = drt("eval", "perplexity", "--checkpoint", checkpoint, "--data", text, "--lengths", "100,1K")
+    assert result.exit_code == 0, result.output
+    (record,) = read_records("perplexity.jsonl", PerplexityRecord)
+    assert (record.document, record.length, record.checkpoint) == ("book.txt", 636, str(checkpoint))
+    assert record.positions == [100, 256, 512, 1024]
+    assert "Language modelling: book.txt" in result.output
+    assert "0-100" in result.output
+
+
+def test_two_models_are_compared(drt: Drt, runs: Path, text: Path) -> None:
+    shutil.copytree(runs / "drt-s0", runs / "window")
+    models = [option for name in ("drt-s0", "window") for option in ("--checkpoint", runs / name / "final")]
+    result = drt("eval", "perplexity", *models, "--data", text, "--longest", "200", "--reference", "window")
+    assert result.exit_code == 0, result.output
+    assert "minus those of window" in result.output
+    assert "+0.0000 to +0.0000" in result.output
+    records = read_records("perplexity.jsonl", EvaluationRecord)
+    assert [type(record) for record in records] == [TrainingRecord, PerplexityRecord] * 2
+    assert {record.length for record in records if isinstance(record, PerplexityRecord)} == {200}
+
+
+def test_runs_are_read_once_and_reported(drt: Drt, runs: Path, text: Path) -> None:
+    command = ("eval", "runs", runs, "--data", text, "-o", "out", "--longest", "300")
+    result = drt(*command, "--only", "*-s0")
+    assert result.exit_code == 0, result.output
+    first = Path("out/drt-s0.jsonl").read_bytes()
+    result = drt(*command)
+    assert result.exit_code == 0, result.output
+    assert "kept, not read again: drt-s0" in result.stderr
+    assert Path("out/drt-s0.jsonl").read_bytes() == first
+    assert [r.checkpoint for r in read_records("out/drt-s1.jsonl", EvaluationRecord)] == ["drt-s1"] * 2
+    page = Path("out/report.md").read_text()
+    assert "| drt | 2 | 1 |" in page
+    assert "4,242" in page
+    assert not list(Path("out").glob("*.tmp"))
+
+
+def test_report_of_files_and_folders(drt: Drt, runs: Path, text: Path, checkpoint: Path) -> None:
+    drt("eval", "runs", runs, "--data", text, "-o", "out", "--longest", "100")
+    drt("eval", "needle", "--checkpoint", checkpoint, "--length", "256", "--samples", "2")
+    result = drt("report", "out", "needle.jsonl", "-o", "page")
+    assert result.exit_code == 0, result.output
+    assert result.output.split() == ["page/report.md", "page/report.html"]
+    page = Path("page/report.md").read_text()
+    assert "## Language modelling: book.txt" in page
+    assert "## Needles found, %: single" in page
+
+
+def test_mistakes_are_one_line(
+    refuses: Callable[..., str], checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    assert "no such file" in refuses("eval", "perplexity", "--checkpoint", checkpoint, "--data", "none.txt")
+    model = ("eval", "perplexity", "--checkpoint", checkpoint, "--data", text)
+    assert "wanted a length such as" in refuses(*model, "--lengths", "1Q")
+    assert "at least 1048576 tokens, got none" in refuses(*model, "--shortest", "1M")
+    assert "cannot be written" in refuses(*model, "--json", tmp_path)
+    assert "no checkpoint folder" in refuses("eval", "perplexity", "--checkpoint", "none", "--data", text)
+    assert "no such folder" in refuses("eval", "runs", "none", "--data", text, "-o", "out")
+    assert "cannot be read as records" in refuses("report", "none.jsonl")
+    (tmp_path / "empty").mkdir()
+    assert "wanted a folder with files of records" in refuses("report", tmp_path / "empty")
