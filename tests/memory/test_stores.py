@@ -1,14 +1,30 @@
-"""A chunk store against lists: appends, reads, choosing rows, growth without copies."""
+"""Every tier against lists: appends, reads, choosing rows, growth without copies."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from drt.memory import DeviceStore
+from drt.memory import DeviceStore, DiskStore, HostStore
 
 SIZE, HEADS, DIM, WIDTH = 3, 2, 4, 5  # tokens, heads and width of a chunk; width of a landmark
+Store = DeviceStore | HostStore | DiskStore
+MakeStore = Callable[[int | None], Store]
+TIERS: dict[str, MakeStore] = {
+    "device": lambda page_size: DeviceStore(page_size=page_size),
+    "host": lambda page_size: HostStore(page_size=page_size, dtype="float32"),
+    "disk": lambda page_size: DiskStore(page_size=page_size, dtype="float32"),
+}
+
+
+@pytest.fixture(params=TIERS)
+def make_store(request: pytest.FixtureRequest) -> MakeStore:
+    return TIERS[request.param]
 
 
 class Lists:
@@ -24,7 +40,7 @@ class Lists:
     def select_rows(self, rows: Tensor) -> None:
         self.rows = [list(self.rows[row]) for row in rows.tolist()]
 
-    def assert_holds(self, store: DeviceStore) -> None:
+    def assert_holds(self, store: Store) -> None:
         """The same counts, chunks, lengths and landmarks."""
         counts = [len(row) for row in self.rows]
         assert store.counts.tolist() == counts
@@ -42,29 +58,33 @@ class Lists:
                 assert torch.equal(values[row, 0, n], value)
                 assert torch.equal(landmarks[row, n], landmark)
                 assert lengths[row, 0, n] == length
+            held = torch.arange(len(chunks)).flip(0).expand(len(counts), 1, -1)
+            if min(counts) == max(counts):
+                assert torch.equal(store.landmark_blocks().read(held), landmarks.flip(1).unsqueeze(1))
 
 
 def offer(rows: int, chunks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Keys, values, landmarks and lengths of new chunks."""
-    keys, values = torch.randn(2, rows, chunks, SIZE, HEADS, DIM)
-    return keys, values, torch.randn(rows, chunks, WIDTH), torch.randint(1, SIZE + 1, (rows, chunks))
+    """Keys, values, landmarks and lengths of new chunks; zeros past a length, where a store may hold anything."""
+    lengths = torch.randint(1, SIZE + 1, (rows, chunks))
+    outside = torch.arange(SIZE) >= lengths.unsqueeze(-1)
+    keys, values = torch.randn(2, rows, chunks, SIZE, HEADS, DIM).masked_fill(outside[..., None, None], 0)
+    return keys, values, torch.randn(rows, chunks, WIDTH), lengths
 
 
-def filled(page_size: int, *counts: int) -> DeviceStore:
-    store = DeviceStore(page_size=page_size)
+def filled(store: Store, *counts: int) -> Store:
     store.append(*offer(len(counts), max(counts)), torch.tensor(counts))
     return store
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 3, 100, None])
 @pytest.mark.parametrize("seed", range(3))
-def test_any_appends_and_choices_of_rows(page_size: int | None, seed: int) -> None:
+def test_any_appends_and_choices_of_rows(make_store: MakeStore, page_size: int | None, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def number(least: int, most: int, *shape: int) -> Tensor:
         return torch.randint(least, most + 1, shape, generator=generator)
 
-    store, lists, rows = DeviceStore(page_size=page_size), Lists(2), 2
+    store, lists, rows = make_store(page_size), Lists(2), 2
     for step in range(12):
         if step and number(0, 2) == 0:
             chosen = number(0, rows - 1, int(number(1, 4)))
@@ -79,8 +99,8 @@ def test_any_appends_and_choices_of_rows(page_size: int | None, seed: int) -> No
         lists.assert_holds(store)
 
 
-def test_slots_are_read_in_any_order_and_empty_ones_are_zeros() -> None:
-    store = DeviceStore(page_size=2)
+def test_slots_are_read_in_any_order_and_empty_ones_are_zeros(make_store: MakeStore) -> None:
+    store = make_store(2)
     new = offer(2, 5)
     store.append(*new, torch.tensor([5, 5]))
     indices = torch.tensor([[[4, 0, -1], [3, 3, 1]], [[-1, -1, -1], [-1, 2, 0]]])
@@ -96,8 +116,8 @@ def test_slots_are_read_in_any_order_and_empty_ones_are_zeros() -> None:
         assert read[indices < 0].count_nonzero() == 0
 
 
-def test_ragged_counts_take_the_first_of_what_is_offered() -> None:
-    store, lists = DeviceStore(page_size=2), Lists(3)
+def test_ragged_counts_take_the_first_of_what_is_offered(make_store: MakeStore) -> None:
+    store, lists = make_store(2), Lists(3)
     for counts in ([0, 3, 1], [2, 0, 1], [0, 0, 0], [3, 3, 3]):
         new = offer(3, 3)
         store.append(*new, torch.tensor(counts))
@@ -105,32 +125,57 @@ def test_ragged_counts_take_the_first_of_what_is_offered() -> None:
         lists.assert_holds(store)
 
 
-def test_growth_copies_nothing_that_is_held() -> None:
-    store = filled(2, 3, 3)
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_growth_copies_nothing_that_is_held(tier: str) -> None:
+    store = filled(TIERS[tier](2), 3, 3)
     held = list(store._pages)
-    addresses = [tensor.data_ptr() for page in held for tensor in (page.keys, page.values, page.landmarks)]
+
+    def addresses() -> list[int]:
+        pages = [placed.page for placed in held]
+        return [tensor.data_ptr() for page in pages for tensor in (*page.fields, page.stored_landmarks)]
+
+    before = addresses()
     for _ in range(20):
         store.append(*offer(2, 2), torch.tensor([2, 1]))
     assert len(store._pages) == 22  # 43 chunks in the longer row
-    for before, after in zip(held, store._pages, strict=False):
-        assert before is after
-    after = [tensor.data_ptr() for page in held for tensor in (page.keys, page.values, page.landmarks)]
-    assert after == addresses
+    assert all(old.page is new.page for old, new in zip(held, store._pages, strict=False))
+    assert addresses() == before
 
 
-def test_choosing_rows_copies_a_page_only_when_it_is_written_to() -> None:
-    store = filled(2, 5, 5)
-    held = [page.keys.data_ptr() for page in store._pages]
+def test_growth_of_files_writes_new_chunks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = filled(DiskStore(page_size=2), 3, 3)
+    written: list[int] = []
+    write = os.pwrite
+    monkeypatch.setattr(
+        os, "pwrite", lambda file, data, at: written.append(len(data)) or write(file, data, at)
+    )
+    for _ in range(20):
+        store.append(*offer(2, 2), torch.tensor([2, 1]))
+    record = 2 * SIZE * HEADS * DIM * 2 + 8
+    assert sum(written) == 60 * (record + WIDTH * 4)
+
+
+def test_choosing_rows_copies_a_page_only_when_it_is_written_to(make_store: MakeStore) -> None:
+    store = filled(make_store(2), 5, 5)
+    held = [placed.page for placed in store._pages]
     store.select_rows(torch.tensor([0, 0, 1]))
-    assert [page.keys.data_ptr() for page in store._pages] == held
+    assert [placed.page for placed in store._pages] == held
     store.append(*offer(3, 1), torch.ones(3, dtype=torch.long))
-    now = [page.keys.data_ptr() for page in store._pages]
+    now = [placed.page for placed in store._pages]
     assert now[:2] == held[:2], "full pages stay where they are"
-    assert now[2] != held[2]
+    assert now[2] is not held[2]
 
 
-def test_rows_that_were_one_go_their_own_ways() -> None:
-    store, lists = DeviceStore(page_size=4), Lists(1)
+def test_rows_that_stay_what_they_are_copy_nothing(make_store: MakeStore) -> None:
+    store = filled(make_store(4), 1, 1)
+    held = store._pages[0].page
+    store.select_rows(torch.tensor([0, 1]))
+    store.append(*offer(2, 1), torch.ones(2, dtype=torch.long))
+    assert store._pages[0].page is held
+
+
+def test_rows_that_were_one_go_their_own_ways(make_store: MakeStore) -> None:
+    store, lists = make_store(4), Lists(1)
     for rows in (1, 3):
         new, counts = offer(rows, 2), torch.full((rows,), 2)
         store.append(*new, counts)
@@ -145,11 +190,11 @@ def test_rows_that_were_one_go_their_own_ways() -> None:
     assert not torch.equal(keys[0], keys[2])
 
 
-def test_what_is_held_is_not_what_was_offered() -> None:
+def test_what_is_held_is_not_what_was_offered(make_store: MakeStore) -> None:
     """A later change of the offered tensors, or a gradient through them, does not reach the store."""
     keys, values, landmarks, lengths = offer(1, 2)
     before = keys.clone()
-    store = DeviceStore(page_size=2)
+    store = make_store(2)
     store.append(keys.requires_grad_(), values, landmarks, lengths, torch.tensor([2]))
     with torch.no_grad():
         keys.zero_()
@@ -158,8 +203,8 @@ def test_what_is_held_is_not_what_was_offered() -> None:
     assert not read.requires_grad
 
 
-def test_a_store_without_chunks() -> None:
-    store = DeviceStore()
+def test_a_store_without_chunks(make_store: MakeStore) -> None:
+    store = make_store(None)
     store.select_rows(torch.tensor([0, 0, 0]))  # rows of nothing
     assert store.counts.tolist() == []
     assert list(store.landmark_blocks()) == []
@@ -168,8 +213,8 @@ def test_a_store_without_chunks() -> None:
     assert store.counts.tolist() == [1, 1, 1]
 
 
-def test_clear_forgets_chunks_and_keeps_the_page_size() -> None:
-    store = filled(2, 3, 1)
+def test_clear_forgets_chunks_and_keeps_the_page_size(make_store: MakeStore) -> None:
+    store = filled(make_store(2), 3, 1)
     store.clear()
     assert store.counts.tolist() == []
     assert list(store.landmark_blocks()) == []
@@ -183,11 +228,53 @@ def test_clear_forgets_chunks_and_keeps_the_page_size() -> None:
 def test_page_size() -> None:
     with pytest.raises(ValueError, match="page_size must be at least 1, got 0"):
         DeviceStore(page_size=0)
-    store = DeviceStore()
-    store.append(*offer(1, 1), torch.tensor([1]))
-    page = store._pages[0].keys
-    assert 2 * page.numel() * page.element_size() <= 32 * 2**20 < 3 * page.numel() * page.element_size()
-    large = 1 + 32 * 2**20 // (2 * page[0, 0].numel() * page.element_size())
+    store = filled(DeviceStore(), 1)
+    page = store._pages[0].page
+    held = sum(field.numel() * field.element_size() for field in page.fields)
+    assert held <= 32 * 2**20 < held + held // page.capacity
+    large = page.capacity + 1
     store = DeviceStore()
     store.append(*offer(2, large), torch.tensor([large, 1]))
     assert len(store._pages) == 1, "a pass's chunks lie in one page"
+
+
+@pytest.mark.parametrize("store_type", [DeviceStore, HostStore, DiskStore])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_what_is_rounded(store_type: type[Store], dtype: str) -> None:
+    """bfloat16 is the nearest; int8 is off by at most half a step of 1/127 of a head's largest in that chunk."""
+    keys, values, landmarks, lengths = offer(2, 6)
+    lengths[1, 2] = SIZE
+    keys[0, 3], values[1, 2] = 0, 1e-30  # no scale to divide by; a tiny one
+    keys[1, 5] *= 1000
+    store = store_type(dtype=dtype, page_size=4)
+    store.append(keys, values, landmarks, lengths, torch.tensor([6, 6]))
+    read = store.gather(torch.arange(6).expand(2, 1, 6))
+    for got, given in ((read.keys[:, 0], keys), (read.values[:, 0], values)):
+        if dtype == "int8":
+            step = given.abs().amax((2, 4), keepdim=True) / 127
+            assert ((got - given).abs() <= 0.5001 * step).all()
+            assert got.unique().numel() < given.unique().numel()
+        else:
+            assert torch.equal(got, given.to(getattr(torch, dtype)))
+    assert torch.equal(read.lengths[:, 0], lengths)
+
+
+def test_an_unknown_dtype_is_named() -> None:
+    with pytest.raises(ValueError, match=r"chunks can be held as .*int8, got 'int4'"):
+        HostStore(dtype="int4")
+
+
+def test_a_disk_store_holds_no_chunk_in_memory(tmp_path: Path) -> None:
+    """Its pages are records of two files without a name, which vanish with it."""
+    store = filled(DiskStore(directory=tmp_path, page_size=8), 20)
+    assert not list(tmp_path.iterdir())
+    assert not any(
+        isinstance(held, Tensor) and held.numel() > 1
+        for placed in store._pages
+        for held in vars(placed.page).values()
+    )
+    descriptors = [file.descriptor for file in store._files]
+    store.clear()
+    for descriptor in descriptors:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)

@@ -1,0 +1,320 @@
+"""A chunk memory on disk that outlives the process: read a text once, ask of it for ever.
+
+An archive is a folder:
+    manifest.json            what made it, and up to where it is committed (`drt.memory.manifest`)
+    segments.jsonl           a line a committed segment: its checksums, and what it holds of which document
+    chunks.bin               keys, values and length of each chunk
+    landmarks.bin            its landmark
+    index.bin                where its text lies, and the checksum of its record
+    text.bin                 the text of the documents
+    state-N.safetensors      the decoding state at the end of the text, of segment N
+    lock                     locked by the process that writes
+
+Data files only grow, and whatever lies in them past the committed point does not exist: a writer that is killed
+leaves the archive as it was at its last commit. Readers need no lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from drt.errors import DRTError
+from drt.memory.archive_files import ArchiveFiles, ArchivePage
+from drt.memory.chunk_codec import Fields
+from drt.memory.landmark_index import PlacedPage
+from drt.memory.manifest import DATA_FILES, Manifest, Point, Segment
+from drt.memory.paged_store import Page, PagedStore
+from drt.memory.tensor_page import TensorPage
+
+MANIFEST, JOURNAL = "manifest.json", "segments.jsonl"
+_ATTEMPTS = 50  # a reader meets a commit between two of its reads very seldom twice in a row
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text in an archive.
+
+    Attributes:
+        name: as it was given, for a file its path.
+        first_chunk: number of its first chunk.
+        num_chunks: its chunks are [first_chunk, first_chunk + num_chunks).
+        num_tokens: tokens in them.
+        text_start: where its text begins in the archive's.
+        num_bytes: of its text; 0 where the text is not kept.
+        complete: it was read to its end.
+    """
+
+    name: str
+    first_chunk: int
+    num_chunks: int
+    num_tokens: int
+    text_start: int
+    num_bytes: int
+    complete: bool
+
+
+class ChunkSource(NamedTuple):
+    """Where a chunk comes from: bytes [start, stop) of a document, and those bytes (empty where they are not kept)."""
+
+    document: Document
+    start: int
+    stop: int
+    text: bytes
+
+
+class Archive:
+    """An archive opened for reading, as of its last finished build or append; writers do not disturb it.
+
+    Make it with `Archive.open`; it is a context manager, or is closed with `close`.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, point: Point, files: ArchiveFiles) -> None:
+        self.path, self.description, self.point = path, manifest.description, point
+        self.finished = manifest.finished == manifest.head
+        self._files = files
+        self._documents: list[Document] = []
+        self._state: dict[str, Tensor] = {}
+
+    @classmethod
+    def open(cls, path: Path | str, *, verify: bool = True) -> Archive:
+        """Open an archive.
+
+        Args:
+            path: its folder.
+            verify: check the manifest, the journal, the decoding state and the files' sizes now, and every chunk,
+                landmark and text when it is first read; nothing that is damaged is used. False checks the manifest
+                alone.
+
+        Raises:
+            DRTError: no archive, one of a later format, a damaged one, or one of which no build has finished.
+        """
+        folder = Path(path)
+        for _ in range(_ATTEMPTS):
+            manifest = Manifest.load(folder / MANIFEST)
+            if manifest.finished is None:
+                raise DRTError(
+                    f"{folder} is not finished: its build stopped after {manifest.head.tokens:,} tokens; run it again "
+                    "and it goes on from there"
+                )
+            files = ArchiveFiles(folder, manifest.description, writable=False, verify=verify)
+            archive = cls(folder, manifest, manifest.finished, files)
+            try:
+                archive._load(manifest.head)
+            except FileNotFoundError as error:  # a writer has committed since the manifest was read
+                files.close()
+                missing = error
+                continue
+            return archive
+        raise DRTError(f"{missing.filename}: missing")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._files.close()
+
+    @property
+    def num_chunks(self) -> int:
+        return self.point.chunks
+
+    @property
+    def num_tokens(self) -> int:
+        return self.point.tokens
+
+    @property
+    def num_segments(self) -> int:
+        return self.point.segments
+
+    @property
+    def num_bytes(self) -> dict[str, int]:
+        """Bytes of each file that the archive consists of."""
+        sizes = {
+            name: file.record_bytes * (self.point.text_bytes if name == DATA_FILES[-1] else self.num_chunks)
+            for name, file in zip(DATA_FILES, self._files.files, strict=True)
+        }
+        sizes[JOURNAL] = self.point.journal_bytes
+        sizes[MANIFEST] = (self.path / MANIFEST).stat().st_size
+        if self.point.state_file is not None:
+            sizes[self.point.state_file] = self.point.state_bytes
+        return sizes
+
+    @property
+    def documents(self) -> list[Document]:
+        """The documents, in order."""
+        return list(self._documents)
+
+    def source(self, chunk: int) -> ChunkSource:
+        """Where a chunk comes from.
+
+        Raises:
+            ValueError: no such chunk.
+            DRTError: its text is damaged.
+        """
+        if not 0 <= chunk < self.num_chunks:
+            raise ValueError(f"chunk must be in [0, {self.num_chunks}), got {chunk}")
+        number = bisect_right(self._documents, chunk, key=lambda document: document.first_chunk) - 1
+        document = self._documents[number]
+        entry = self._files.index(torch.tensor([chunk]))[0]
+        start, stop = int(entry["start"]), int(entry["stop"])
+        text = self._files.text(document.text_start + start, document.text_start + stop)
+        return ChunkSource(document, start, stop, text)
+
+    def store(self) -> ArchiveStore:
+        """The chunks as a store of one row. What is appended to it stays in this process's memory."""
+        return ArchiveStore(
+            ArchivePage(self._files, self.num_chunks), self.num_chunks, self.description.dtype
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """The decoding state at the end of the text, as it was committed; empty before the first commit."""
+        return dict(self._state)
+
+    def check(self, model_fingerprint: str | None = None, tokenizer_fingerprint: str | None = None) -> None:
+        """Check that a model, and its tokenizer, are those that made the archive.
+
+        Raises:
+            DRTError: they are not.
+        """
+        made_by = self.description
+        if model_fingerprint not in (None, made_by.model_fingerprint):
+            raise DRTError(
+                f"{self.path} was made by another model, {made_by.model_name}: its fingerprint is "
+                f"{made_by.model_fingerprint[:12]}, this model's is {str(model_fingerprint)[:12]}"
+            )
+        if tokenizer_fingerprint not in (None, made_by.tokenizer_fingerprint):
+            raise DRTError(
+                f"{self.path} was made with another tokenizer: its fingerprint is "
+                f"{made_by.tokenizer_fingerprint[:12]}, this one's is {str(tokenizer_fingerprint)[:12]}"
+            )
+
+    def _load(self, head: Point) -> None:
+        """Read the journal as far as it is committed, and the state.
+
+        Raises:
+            DRTError: either is damaged.
+            FileNotFoundError: no state of that name.
+        """
+        for segment in read_journal(self.path / JOURNAL, head, self._files.verify)[: self.point.segments]:
+            self._files.add(segment)
+            self._add_documents(segment)
+        last = self._documents[-1] if self._documents else None
+        tokens = sum(document.num_tokens for document in self._documents)
+        text = last.text_start + last.num_bytes if last else 0
+        if (self._files.num_chunks, tokens, text) != (
+            self.num_chunks,
+            self.num_tokens,
+            self.point.text_bytes,
+        ):
+            raise DRTError(f"{self.path / JOURNAL} is damaged: its counts are not those of {MANIFEST}")
+        for problem in self._files.too_short(self.num_chunks, self.point.text_bytes):
+            raise DRTError(problem)
+        self._state = read_state(self.path, self.point, self._files.verify)
+
+    def _add_documents(self, segment: Segment) -> None:
+        for part in segment.parts:
+            if part.begins:
+                last = self._documents[-1] if self._documents else None
+                chunk, text = (
+                    (last.first_chunk + last.num_chunks, last.text_start + last.num_bytes) if last else (0, 0)
+                )
+                before = Document(part.name, chunk, 0, 0, text, 0, False)
+            else:
+                if not self._documents:
+                    raise DRTError(f"{self.path / JOURNAL} is damaged: {part.name} has no beginning")
+                before = self._documents.pop()
+            self._documents.append(
+                Document(
+                    before.name,
+                    before.first_chunk,
+                    before.num_chunks + part.chunks,
+                    before.num_tokens + part.tokens,
+                    before.text_start,
+                    before.num_bytes + part.text_bytes,
+                    part.ends,
+                )
+            )
+
+
+class ArchiveStore(PagedStore):
+    """The chunks of an archive, and in memory those that are appended to them."""
+
+    def __init__(self, page: Page, count: int, dtype: str) -> None:
+        super().__init__(dtype, None)
+        self._pages = [PlacedPage(page, 0)]
+        self._counts = torch.tensor([count])
+
+    def append(
+        self, keys: Tensor, values: Tensor, landmarks: Tensor, lengths: Tensor, new_counts: Tensor
+    ) -> None:
+        super().append(keys.cpu(), values.cpu(), landmarks.cpu(), lengths.cpu(), new_counts)
+
+    def _new_page(self, fields: Fields, landmarks: Tensor) -> Page:
+        return TensorPage.like(fields, landmarks, self._page_size)
+
+    def _index_device(self, chunk_indices: Tensor) -> torch.device:
+        return torch.device("cpu")
+
+    def _deliver(self, fields: Fields, device: torch.device) -> Fields:
+        return tuple(field.to(device) for field in fields)
+
+
+def read_journal(path: Path, point: Point, verify: bool) -> list[Segment]:
+    """The segments of a journal up to a point.
+
+    Raises:
+        DRTError: it is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(point.journal_bytes)
+    except OSError as error:
+        raise DRTError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(content) < point.journal_bytes:
+        raise DRTError(f"{path} is truncated: wanted {point.journal_bytes} bytes, got {len(content)}")
+    if verify and hashlib.sha256(content).hexdigest() != point.journal_sha256:
+        raise DRTError(f"{path} is damaged: its checksum is not the one in {MANIFEST}")
+    try:
+        segments = [Segment.parse(line) for line in content.splitlines()]
+    except ValueError as error:
+        raise DRTError(f"{path} is damaged: {error}") from error
+    if len(segments) != point.segments:
+        raise DRTError(f"{path} is damaged: wanted {point.segments} segments, got {len(segments)}")
+    return segments
+
+
+def read_state(folder: Path, point: Point, verify: bool) -> dict[str, Tensor]:
+    """The decoding state of a point; empty where it has none.
+
+    Raises:
+        DRTError: it is damaged.
+        FileNotFoundError: there is no such file.
+    """
+    if point.state_file is None:
+        return {}
+    path = folder / point.state_file
+    content = path.read_bytes()
+    if verify and (len(content), hashlib.sha256(content).hexdigest()) != (
+        point.state_bytes,
+        point.state_sha256,
+    ):
+        raise DRTError(f"{path} is damaged: its checksum is not the one in {MANIFEST}")
+    try:
+        return load_tensors(content)
+    except SafetensorError as error:
+        raise DRTError(f"{path} is damaged: {error}") from error

@@ -1,0 +1,221 @@
+"""The data files of an archive: opening, checking what is read, and the page that a store sees of them."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterable
+from itertools import takewhile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from drt.errors import DRTError
+from drt.memory.chunk_codec import ChunkCodec, FieldSpec, unpack
+from drt.memory.manifest import DATA_FILES, ArchiveDescription, Segment
+from drt.memory.record_file import RecordFile
+
+# Where a chunk's text lies in its document, in bytes, and the checksum of its record.
+INDEX = np.dtype([("start", "<i8"), ("stop", "<i8"), ("crc32", "<u4")])
+LANDMARK_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LANDMARK_BLOCK = 8192  # landmarks read at a time, or one segment's if it has more
+READ_BYTES = 2**24  # read at a time where a whole file is read
+CHUNKS, LANDMARKS, INDICES, TEXT = range(len(DATA_FILES))
+
+
+class Extent(NamedTuple):
+    """The records of one segment in one file."""
+
+    first: int
+    last: int
+    crc32: int
+
+
+class ArchiveFiles:
+    """The four data files, and which records of them each committed segment has.
+
+    Args:
+        path: folder of the archive.
+        description: of the archive.
+        writable: open for writing, and make the files that do not exist.
+        verify: check each segment the first time that something of it is read.
+
+    Raises:
+        DRTError: a file is missing or cannot be opened.
+    """
+
+    def __init__(self, path: Path, description: ArchiveDescription, writable: bool, verify: bool) -> None:
+        self.codec = ChunkCodec(description.dtype)
+        shape = (description.chunk_size, description.num_heads, description.head_dim)
+        self.specs = (*self.codec.specs(*shape), FieldSpec((), torch.int64))
+        self.landmark_dtype = LANDMARK_DTYPES[description.landmark_dtype]
+        sizes = (
+            sum(spec.num_bytes for spec in self.specs),
+            description.landmark_size * self.landmark_dtype.itemsize,
+            INDEX.itemsize,
+            1,
+        )
+        mode = os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY
+        self.files = [
+            RecordFile(_open(path / name, mode), size, path / name)
+            for name, size in zip(DATA_FILES, sizes, strict=True)
+        ]
+        self.verify = verify
+        self._chunk_starts, self._text_starts = (
+            [0],
+            [0],
+        )  # chunks and text bytes before each segment, and in all
+        self._segments: list[Segment] = []
+        self._sound: list[set[int]] = [set() for _ in DATA_FILES]  # segments found whole, of each file
+
+    def add(self, segment: Segment) -> None:
+        """One more segment is committed."""
+        self._segments.append(segment)
+        self._chunk_starts.append(self._chunk_starts[-1] + segment.chunks)
+        self._text_starts.append(self._text_starts[-1] + segment.text_bytes)
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks in the committed segments."""
+        return self._chunk_starts[-1]
+
+    def extent(self, number: int, file: int) -> Extent:
+        """What segment ``number`` has of a file."""
+        starts = self._starts(file)
+        return Extent(starts[number], starts[number + 1], self._segments[number].crc32[file])
+
+    def _starts(self, file: int) -> list[int]:
+        return self._text_starts if file == TEXT else self._chunk_starts
+
+    def is_sound(self, number: int, file: int) -> bool:
+        """Whether what a segment has of a file is what was written."""
+        extent = self.extent(number, file)
+        step = max(1, READ_BYTES // self.files[file].record_bytes)
+        crc = 0
+        for first in range(extent.first, extent.last, step):
+            crc = zlib.crc32(
+                self.files[file].read_range(first, min(first + step, extent.last)).numpy().data, crc
+            )
+        return crc == extent.crc32
+
+    def check(self, file: int, records: Iterable[int]) -> None:
+        """Check the segments that hold these records of a file, each once.
+
+        Raises:
+            DRTError: a segment is damaged.
+        """
+        sound = self._sound[file]
+        if not self.verify or len(sound) == len(self._segments):
+            return
+        starts = self._starts(file)
+        for number in sorted({bisect_right(starts, record) - 1 for record in records} - sound):
+            if number < len(self._segments):  # beyond: not committed yet, written by this process
+                if not self.is_sound(number, file):
+                    name = self.files[file].name
+                    raise DRTError(f"{name} is damaged: segment {number} is not what was written")
+                sound.add(number)
+
+    def index(self, chunks: Tensor) -> NDArray[np.void]:
+        """Entries (m,) of `INDEX` of chunks (m,)."""
+        self.check(INDICES, chunks.tolist())
+        return self.files[INDICES].read(chunks).numpy().view(INDEX).reshape(-1)
+
+    def text(self, first: int, last: int) -> bytes:
+        """Bytes [first, last) of all documents' text, which lie in one or two neighbouring segments."""
+        if first == last:
+            return b""
+        self.check(TEXT, (first, last - 1))
+        return self.files[TEXT].read_range(first, last).numpy().tobytes()
+
+    def landmarks(self, first: int, last: int) -> Tensor:
+        """Landmarks (last - first, H) of a range that `landmark_ranges` gave."""
+        segments = self._chunk_starts[bisect_right(self._chunk_starts, first) - 1 :]
+        self.check(LANDMARKS, takewhile(lambda start: start < last, segments))
+        return self.files[LANDMARKS].read_range(first, last).view(self.landmark_dtype)
+
+    def landmark_ranges(self, held: int) -> list[tuple[int, int]]:
+        """Ranges of chunks to search at a time: whole segments, then what is not committed yet."""
+        ranges, first = [], 0
+        for end in [*self._chunk_starts[1:], held]:
+            if end > first and (end - first >= LANDMARK_BLOCK or end == held):
+                ranges.append((first, min(end, held)))
+                first = min(end, held)
+        return ranges
+
+    def too_short(self, chunks: int, text_bytes: int) -> list[str]:
+        """What is wrong with the files' sizes, a line a file, where they shall hold at least so much."""
+        problems = []
+        for file, wanted in zip(self.files, (chunks, chunks, chunks, text_bytes), strict=True):
+            if file.size() < wanted * file.record_bytes:
+                problems.append(
+                    f"{file.name} is truncated: wanted {wanted * file.record_bytes} bytes, got {file.size()}"
+                )
+        return problems
+
+    def close(self) -> None:
+        """Close them; again is no error."""
+        for file in self.files:
+            file.close()
+
+
+class ArchivePage:
+    """The chunks of an archive as a page of one row.
+
+    Args:
+        files: of the archive.
+        capacity: chunks that a reader sees.
+    """
+
+    def __init__(self, files: ArchiveFiles, capacity: int) -> None:
+        self._files, self._capacity = files, capacity
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    def read(self, row: Tensor, slot: Tensor) -> tuple[Tensor, ...]:
+        chunks = slot.cpu()
+        records = self._files.files[CHUNKS].read(chunks)
+        if self._files.verify:
+            self._check(chunks, records)
+        return unpack(records, self._files.specs)
+
+    def write(self, row: Tensor, slot: Tensor, fields: tuple[Tensor, ...], landmarks: Tensor) -> None:
+        raise DRTError("this archive was opened for reading")
+
+    def copy(self, rows: Tensor) -> ArchivePage:
+        raise DRTError(
+            "an archive that is written to has one row; open it for reading to ask several questions at once"
+        )
+
+    def landmark_ranges(self, held: int) -> list[tuple[int, int]]:
+        return self._files.landmark_ranges(held)
+
+    def landmarks(self, first: int, last: int) -> Tensor:
+        return self._files.landmarks(first, last).unsqueeze(0)
+
+    def landmarks_at(self, row: Tensor, slot: Tensor) -> Tensor:
+        chunks = slot.cpu()
+        self._files.check(LANDMARKS, chunks.tolist())
+        return self._files.files[LANDMARKS].read(chunks).view(self._files.landmark_dtype)
+
+    def _check(self, chunks: Tensor, records: Tensor) -> None:
+        committed = chunks < self._files.num_chunks  # what is not, was written by this process
+        chunks, records = chunks[committed], records[committed]
+        wanted = self._files.index(chunks)["crc32"]
+        for chunk, record, crc in zip(chunks.tolist(), records.numpy(), wanted.tolist(), strict=True):
+            if zlib.crc32(record) != crc:
+                name = self._files.files[CHUNKS].name
+                raise DRTError(f"{name} is damaged: chunk {chunk} is not what was written")
+
+
+def _open(path: Path, mode: int) -> int:
+    try:
+        return os.open(path, mode, 0o666)
+    except OSError as error:
+        raise DRTError(f"{path}: cannot be opened: {error.strerror}") from error

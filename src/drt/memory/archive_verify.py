@@ -1,0 +1,75 @@
+"""Is an archive whole? Everything in it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from drt.errors import DRTError
+from drt.memory.archive import JOURNAL, MANIFEST, read_journal, read_state
+from drt.memory.archive_files import ArchiveFiles
+from drt.memory.manifest import DATA_FILES, Manifest
+
+
+def verify_archive(path: Path | str, on_progress: Callable[[int], None] | None = None) -> list[str]:
+    """Read everything in an archive and say what is wrong with it.
+
+    Args:
+        path: folder of the archive.
+        on_progress: called with the number of bytes just read of the data files.
+
+    Returns:
+        A line a problem, with the file's name; none: it is whole, and its last build or append is finished.
+    """
+    folder = Path(path)
+    try:
+        manifest = Manifest.load(folder / MANIFEST)
+        segments = read_journal(folder / JOURNAL, manifest.head, verify=True)
+        files = ArchiveFiles(folder, manifest.description, writable=False, verify=True)
+    except DRTError as error:
+        return [str(error)]
+    for segment in segments:
+        files.add(segment)
+    try:
+        problems = files.too_short(manifest.head.chunks, manifest.head.text_bytes)
+        for number in range(len(segments)):
+            problems += _damaged(files, number, on_progress)
+    finally:
+        files.close()
+    problems += _states(folder, manifest)
+    if manifest.finished != manifest.head:
+        problems.append(
+            f"{folder} is not finished: {manifest.head.tokens:,} tokens are committed; run the same command again and "
+            "it goes on from there"
+        )
+    return problems
+
+
+def _damaged(files: ArchiveFiles, number: int, on_progress: Callable[[int], None] | None) -> list[str]:
+    """What is wrong with one segment, a line a file."""
+    problems = []
+    for file in range(len(DATA_FILES)):
+        try:
+            if not files.is_sound(number, file):
+                problems.append(
+                    f"{files.files[file].name} is damaged: segment {number} is not what was written"
+                )
+        except DRTError as error:
+            problems.append(str(error))
+        extent = files.extent(number, file)
+        if on_progress is not None:
+            on_progress((extent.last - extent.first) * files.files[file].record_bytes)
+    return problems
+
+
+def _states(folder: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with the decoding states."""
+    problems = []
+    for point in {manifest.head, manifest.finished or manifest.head}:
+        try:
+            read_state(folder, point, verify=True)
+        except FileNotFoundError as error:
+            problems.append(f"{error.filename}: missing")
+        except DRTError as error:
+            problems.append(str(error))
+    return problems

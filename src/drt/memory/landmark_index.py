@@ -1,0 +1,93 @@
+"""The landmarks of a store as blocks, read as they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar, overload
+
+import torch
+from torch import Tensor
+
+
+class LandmarkPage(Protocol):
+    """Landmarks of P rows of consecutive chunks."""
+
+    def landmark_ranges(self, held: int) -> list[tuple[int, int]]:
+        """Ranges of slots to read at a time, that cover [0, held)."""
+        ...
+
+    def landmarks(self, first: int, last: int) -> Tensor:
+        """Landmarks (P, last - first, H) of slots [first, last)."""
+        ...
+
+    def landmarks_at(self, row: Tensor, slot: Tensor) -> Tensor:
+        """Landmarks (m, H) at rows (m,) and slots (m,)."""
+        ...
+
+
+AnyPage = TypeVar("AnyPage", bound=LandmarkPage, covariant=True)
+
+
+class PlacedPage(NamedTuple, Generic[AnyPage]):
+    """A page, the number of its first chunk, and which of its rows each row of the store is (None: the same)."""
+
+    page: AnyPage
+    start: int
+    rows: Tensor | None = None
+
+
+class LandmarkIndex(Sequence[Tensor]):
+    """Landmarks of B rows in order, as blocks (B, n_i, H) that are read when they are asked for.
+
+    Searching it takes memory for one block, wherever the landmarks lie and however many there are.
+
+    Args:
+        pages: of the store, in order.
+        counts: (B,) chunks that each row holds.
+    """
+
+    def __init__(self, pages: Sequence[PlacedPage[LandmarkPage]], counts: Tensor) -> None:
+        self._pages = pages
+        self._batch_size = len(counts)
+        held = int(counts.max()) if len(counts) else 0
+        ends = [placed.start for placed in pages[1:]] + [held]
+        self._blocks = [
+            (placed, *slots)
+            for placed, end in zip(pages, ends, strict=False)
+            if placed.start < held  # beyond: the longest row was dropped
+            for slots in placed.page.landmark_ranges(min(end, held) - placed.start)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        placed, first, last = self._blocks[index]
+        landmarks = placed.page.landmarks(first, last)
+        if placed.rows is None:
+            return landmarks
+        if len(landmarks) == 1:  # all rows are one: nothing is copied
+            return landmarks.expand(self._batch_size, -1, -1)
+        return landmarks[placed.rows]
+
+    def read(self, chunk_indices: Tensor) -> Tensor:
+        """Landmarks (B, N, K, H) of chunks (B, N, K), all of which must be held."""
+        starts = torch.tensor([placed.start for placed in self._pages], device=chunk_indices.device)
+        page_of = torch.bucketize(chunk_indices.contiguous(), starts, right=True) - 1
+        found = None
+        for number in page_of.unique().tolist():
+            placed = self._pages[number]
+            row, query, rank = (page_of == number).nonzero(as_tuple=True)
+            slot = chunk_indices[row, query, rank] - placed.start
+            part = placed.page.landmarks_at(row if placed.rows is None else placed.rows[row], slot)
+            if found is None:
+                found = part.new_zeros(*chunk_indices.shape, part.shape[-1])
+            found[row, query, rank] = part.to(found)
+        assert found is not None
+        return found

@@ -1,0 +1,123 @@
+"""Records of one size in a file: written by number, read by number, never held."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from drt.errors import DRTError
+
+
+class RecordFile:
+    """Numbered records of ``record_bytes`` bytes.
+
+    Reads are `pread` into fresh buffers and not a memory map: pages of a map count as the process's own memory,
+    a read past the end of a damaged file would kill the process, and a map would have to grow with the file. The
+    operating system's page cache is the cache all the same.
+
+    Args:
+        descriptor: of a file opened for what is asked of it; closed with this object.
+        record_bytes: size of a record.
+        name: of the file, for messages.
+    """
+
+    def __init__(self, descriptor: int, record_bytes: int, name: Path | str) -> None:
+        self.descriptor, self.record_bytes, self.name = descriptor, record_bytes, name
+        self.close = weakref.finalize(self, os.close, descriptor)  # again is no error
+
+    def write(self, first: int, data: Tensor | bytes) -> None:
+        """Write whole records, uint8 (n, record_bytes) or bytes, from number ``first`` on.
+
+        Raises:
+            DRTError: the disk is full or fails.
+        """
+        view = memoryview(data) if isinstance(data, bytes) else data.contiguous().numpy().data.cast("B")
+        offset = first * self.record_bytes
+        try:
+            while len(view):
+                written = os.pwrite(self.descriptor, view, offset)
+                view, offset = view[written:], offset + written
+        except OSError as error:
+            raise DRTError(f"{self.name}: cannot be written: {error.strerror}") from error
+
+    def scatter(self, numbers: Tensor, data: Tensor) -> None:
+        """Write record i of ``data``, uint8 (m, record_bytes), as number ``numbers[i]``; raises as `write`."""
+        numbers, order = numbers.sort()
+        data = data[order]
+        for low, high in _runs(numbers):
+            self.write(int(numbers[low]), data[low:high])
+
+    def read(self, numbers: Tensor) -> Tensor:
+        """Records (m, record_bytes) uint8 of numbers (m,) int64; a record asked for twice is read once.
+
+        Raises:
+            DRTError: the file ends before a record, or fails.
+        """
+        if len(numbers) == 0:
+            return torch.empty(0, self.record_bytes, dtype=torch.uint8)
+        unique, inverse = numbers.unique(return_inverse=True)
+        found = torch.empty(len(unique), self.record_bytes, dtype=torch.uint8)
+        runs = _runs(unique)
+        if len(runs) > 1:
+            for low, high in runs:  # the disk may fetch them all while the first is copied
+                first, last = int(unique[low]), int(unique[high - 1]) + 1
+                os.posix_fadvise(
+                    self.descriptor,
+                    first * self.record_bytes,
+                    (last - first) * self.record_bytes,
+                    os.POSIX_FADV_WILLNEED,
+                )
+        for low, high in runs:
+            self._read_into(found[low:high], int(unique[low]))
+        return found[inverse]
+
+    def read_range(self, first: int, last: int) -> Tensor:
+        """Records [first, last) as (last - first, record_bytes) uint8; raises as `read`."""
+        found = torch.empty(last - first, self.record_bytes, dtype=torch.uint8)
+        self._read_into(found, first)
+        return found
+
+    def _read_into(self, target: Tensor, first: int) -> None:
+        view = target.numpy().data.cast("B")
+        offset = first * self.record_bytes
+        try:
+            while len(view):
+                count = os.preadv(self.descriptor, [view], offset)
+                if count == 0:
+                    raise DRTError(f"{self.name} is truncated: it ends before byte {offset + len(view)}")
+                view, offset = view[count:], offset + count
+        except OSError as error:
+            raise DRTError(f"{self.name}: cannot be read: {error.strerror}") from error
+
+    def size(self) -> int:
+        """Bytes in the file."""
+        return os.fstat(self.descriptor).st_size
+
+    def truncate(self, count: int) -> None:
+        """Make the file ``count`` records long; what it gains is zeros, and takes no room until it is written."""
+        os.ftruncate(self.descriptor, count * self.record_bytes)
+
+    def sync(self) -> None:
+        """Return when all that was written is on the disk.
+
+        Raises:
+            DRTError: the disk is full or fails.
+        """
+        try:
+            os.fdatasync(self.descriptor)
+        except OSError as error:
+            raise DRTError(f"{self.name}: cannot be written: {error.strerror}") from error
+
+
+def _runs(numbers: Tensor) -> list[tuple[int, int]]:
+    """[low, high) positions of the runs of consecutive numbers in a sorted (m,) tensor."""
+    if len(numbers) == 0:
+        return []
+    breaks = (numbers.diff() != 1).nonzero().flatten() + 1
+    edges = [0, *breaks.tolist(), len(numbers)]
+    return list(pairwise(edges))
