@@ -48,7 +48,6 @@ def window_attention(
     span = block + reach
     key, value = (_pieces(x, front, tail, span, block) for x in (key, value))
     query = pad(query, (0, 0, 0, 0, 0, tail)).unflatten(1, (blocks, block)).unflatten(3, (kv_heads, -1))
-    # (blocks, B * h_kv, h / h_kv * b, D)
     query = query.permute(1, 0, 3, 4, 2, 5).reshape(blocks, batch * kv_heads, -1, dim)
     bias = _bias(block, span, window, alibi_slopes, query).expand(heads, -1, -1)
     bias = bias.reshape(kv_heads, -1, span).repeat(batch, 1, 1)  # as the queries of one block
