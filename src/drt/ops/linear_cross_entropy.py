@@ -1,0 +1,142 @@
+"""Cross-entropy of a linear head without the logits: (N, V) is never held, in neither pass.
+
+Logits are made a block of rows at a time, used for the loss and for the gradients at once, and dropped: three matrix
+products in all, as many as with logits, and nothing computed twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Logits held at a time: about a core's cache on the CPU; enough to fill a GPU elsewhere.
+BLOCK_ELEMENTS_CPU = 2**21
+BLOCK_ELEMENTS = 2**27
+
+
+def linear_cross_entropy(
+    states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    divisor: Tensor | None = None,
+) -> Tensor:
+    """The mean of ``cross_entropy(states @ weight.T, targets)`` over the targets that are not ignored.
+
+    Products are made in the autocast dtype where autocast is on, else in that of ``states``; the softmax and all sums
+    are float32 (float64 for float64). Gradient reaches ``states`` and ``weight``, once.
+
+    Args:
+        states: (N, H).
+        weight: (V, H).
+        targets: (N,) int64 in [0, V), or ``ignore_index``.
+        ignore_index: targets that do not count.
+        divisor: 0-d, divides the sum instead of the count of targets.
+
+    Returns:
+        0-d float32 (float64 for float64); NaN where nothing counts, as in ``cross_entropy``.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if states.dim() != 2 or weight.dim() != 2 or states.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"states must be (N, H) and weight (V, H); got {tuple(states.shape)} and {tuple(weight.shape)}"
+        )
+    if targets.shape != states.shape[:1]:
+        raise ValueError(f"targets must be ({states.shape[0]},); got {tuple(targets.shape)}")
+    counts = targets != ignore_index
+    kind = states.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+    wanted = torch.is_grad_enabled()
+    total, _, _ = torch.ops.drt.linear_cross_entropy(
+        states,
+        weight,
+        targets.where(counts, 0),
+        counts,
+        dtype,
+        wanted and states.requires_grad,
+        wanted and weight.requires_grad,
+    )
+    mean: Tensor = total / (counts.sum() if divisor is None else divisor)
+    return mean
+
+
+def _sum(
+    states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    counts: Tensor,
+    dtype: torch.dtype,
+    for_states: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum over the rows that count, and its gradients (empty where not wanted), made while logits are at hand."""
+    total, grad_states, grad_weight = _empty(states, weight, targets, counts, dtype, for_states, for_weight)
+    exact = total.dtype
+    total.zero_()
+    sums = torch.zeros_like(grad_weight, dtype=exact)
+    elements = BLOCK_ELEMENTS_CPU if states.device.type == "cpu" else BLOCK_ELEMENTS
+    step = max(1, elements // weight.shape[0])
+    with torch.autocast(states.device.type, enabled=False):
+        matrix = weight.to(dtype)
+        for start in range(0, states.shape[0], step):
+            part = slice(start, start + step)
+            rows, target, counted = states[part].to(dtype), targets[part, None], counts[part, None]
+            logits = (rows @ matrix.T).to(exact)
+            log_sum = logits.logsumexp(1, keepdim=True)
+            total += (log_sum - logits.gather(1, target)).masked_fill(~counted, 0).sum()
+            if not (for_states or for_weight):
+                continue
+            grad = logits.sub_(log_sum).exp_()
+            grad.scatter_add_(1, target, grad.new_full((), -1.0).expand(target.shape))
+            grad = grad.masked_fill_(~counted, 0).to(dtype)
+            if for_states:
+                grad_states[part] = grad @ matrix
+            if for_weight:
+                sums += grad.T @ rows
+    return total, grad_states, grad_weight.copy_(sums)
+
+
+def _empty(
+    states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    counts: Tensor,
+    dtype: torch.dtype,
+    for_states: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        states.new_empty((), dtype=torch.promote_types(states.dtype, torch.float32)),
+        states.new_empty(states.shape if for_states else (0,)),
+        weight.new_empty(weight.shape if for_weight else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *_, ctx.for_states, ctx.for_weight = inputs
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    states, weight = ctx.saved_tensors
+    scaled_states = (states * grad).to(states.dtype) if ctx.for_states else None
+    scaled_weight = (weight * grad).to(weight.dtype) if ctx.for_weight else None
+    return scaled_states, scaled_weight, None, None, None, None, None
+
+
+# An operator of its own, so that a compiled graph cannot take its blocks apart and hold the logits after all.
+NAME = "drt::linear_cross_entropy"
+torch.library.define(
+    NAME,
+    "(Tensor states, Tensor weight, Tensor targets, Tensor counts, ScalarType dtype, bool for_states, "
+    "bool for_weight) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.impl(NAME, "CompositeExplicitAutograd", _sum)
+torch.library.register_fake(NAME, _empty)
+torch.library.register_autograd(NAME, _autograd, setup_context=_setup_context)
