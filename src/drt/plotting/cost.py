@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from drt.eval.results import NeedleRecord, Summary, summarise
 from drt.plotting.style import legend_below, length_axis, line_style, tidy
@@ -42,7 +42,6 @@ def plot_cost(models: Mapping[str, Sequence[NeedleRecord]]) -> Figure:
     for axes, (title, value) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         _draw(axes, rows, value)
         axes.set_title(title, fontsize=10)
-    figure.supxlabel("tokens of text", fontsize=10)
     legend_below(figure, figure.axes[0], width)
     return figure
 
@@ -58,6 +57,9 @@ def _draw(axes: Axes, rows: Mapping[str, list[Summary]], value: Callable[[Summar
         values = [value(row) for row in summaries]
         axes.plot(lengths, values, label=name, markersize=4, linewidth=1.4, **line_style(number))
     length_axis(axes, [row.length for summaries in rows.values() for row in summaries])
+    axes.set_xlabel("tokens of text", fontsize=10)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,.4g}"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,.10g}"))
     tidy(axes)

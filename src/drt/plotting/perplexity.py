@@ -48,13 +48,12 @@ def plot_loss_by_position(
     if panels == 2:
         _draw(grid[1], curves, curves[reference])
         grid[1].set_ylabel(f"bits per byte, minus those of {reference}", fontsize=10)
-    figure.supxlabel("position in the document (tokens before the predicted one)", fontsize=10)
     legend_below(figure, grid[0], width)
     return figure
 
 
 def _draw(axes: Axes, curves: Mapping[str, Curve], baseline: Curve) -> None:
-    """One line a model, at the middle (in logarithms) of each bucket; minus `baseline` where that is not empty."""
+    """One line a model, with a mark at the end of each bucket; minus `baseline` where that is not empty."""
     drawn: list[float] = []
     for number, (name, curve) in enumerate(curves.items()):
         shared = {bucket: score for bucket, score in curve.items() if not baseline or bucket in baseline}
@@ -66,4 +65,5 @@ def _draw(axes: Axes, curves: Mapping[str, Curve], baseline: Curve) -> None:
         axes.plot(ends, values, label=name, markersize=4, linewidth=1.4, **line_style(number))
         drawn += ends
     length_axis(axes, drawn)
+    axes.set_xlabel("position in the document, up to", fontsize=10)
     tidy(axes)

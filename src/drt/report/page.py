@@ -30,6 +30,7 @@ from drt.report.models import group_seeds
 from drt.report.tables import (
     Table,
     answer_table,
+    best_model,
     difference_table,
     needle_table,
     perplexity_table,
@@ -180,6 +181,7 @@ def _language_modelling(
     models = group_seeds(records)
     if reference is not None and reference not in models:
         raise DRTError(f"wanted a reference of {', '.join(models)}, got {reference!r}")
+    reference = best_model(models) if reference is None else reference
     blocks: list[Block] = [perplexity_table(data, models, positions)]
     if len(models) > 1:
         blocks.append(difference_table(data, models, reference))

@@ -68,6 +68,11 @@ def perplexity_table(data: str, models: Models[PerplexityRecord], ends: Sequence
     )
 
 
+def best_model(models: Models[PerplexityRecord]) -> str:
+    """Name of the model with the fewest bits per byte."""
+    return min(models, key=lambda name: total_score(models[name]).bits_per_byte)
+
+
 def difference_table(data: str, models: Models[PerplexityRecord], reference: str | None = None) -> Table:
     """Paired differences in bits per byte to one model, with 95% intervals.
 
@@ -79,8 +84,7 @@ def difference_table(data: str, models: Models[PerplexityRecord], reference: str
     Raises:
         DRTError: models that were evaluated on different documents.
     """
-    best = min(models, key=lambda name: total_score(models[name]).bits_per_byte)
-    reference = best if reference is None else reference
+    reference = best_model(models) if reference is None else reference
     rows = []
     for name, records in models.items():
         if name != reference:
