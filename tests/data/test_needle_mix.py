@@ -29,6 +29,7 @@ STAGE = {  # every field, so that no test hangs on a default
     "min_distance": 0,
     "hard_name_rate": 0.25,
     "decoy_rate": 0.2,
+    "border_rate": 0.0,
     "text_positions": 100,
 }
 
@@ -218,6 +219,33 @@ def test_questions_end_at_every_place_of_a_chunk(mix: NeedleMix) -> None:
                     lengths.add(filled)
                 filled = 0 if ends or filled == CHUNK else filled
     assert lengths == set(range(1, CHUNK + 1))
+
+
+def cut_needles(batch: MixBatch, codec: TextCodec) -> list[tuple[int, int]]:
+    """(needles that the end of a chunk cuts, all needles) of each row; tokens are bytes."""
+    counts = []
+    for ids, ends in zip(batch.input_ids, batch.chunk_ends, strict=True):
+        borders, held = set(), 0
+        for position, ends_here in enumerate(ends):
+            held += 1
+            if ends_here or held == CHUNK:
+                borders.add(position)
+                held = 0
+        spans = [match.span() for match in re.finditer(rb"\|[a-z]{2}=\d{5}\|", codec.decode(ids))]
+        counts.append((sum(any(at in borders for at in range(a, b - 1)) for a, b in spans), len(spans)))
+    return counts
+
+
+def test_needles_are_moved_to_the_ends_of_chunks(mix: NeedleMix, bytes_codec: TextCodec) -> None:
+    def share(rate: float) -> float:
+        made = stage(border_rate=rate, chunk_size=CHUNK, question_rate=0.2, spare_needles=0, row_length=1280)
+        counts = np.concatenate([cut_needles(mix.batch(step, made, 1), bytes_codec) for step in range(8)])
+        cut, needles = counts.sum(0)
+        return cut / needles
+
+    # A needle of ten tokens begins at one of fifteen places; at nine of them the end of a chunk cuts it.
+    assert share(0.0) == pytest.approx(9 / 15, abs=0.06)
+    assert share(1.0) > 0.95
 
 
 def test_similar_names(mix: NeedleMix, bytes_codec: TextCodec) -> None:

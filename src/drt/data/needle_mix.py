@@ -61,6 +61,8 @@ class NeedleMixConfig:
             attention window the answer must be retrieved. Where nothing lies so far back, no question is asked.
         hard_name_rate: share of the names that have a letter in common with another one of the row.
         decoy_rate: pieces of text that look like a part of a needle, for each needle.
+        border_rate: share of the needles that are moved on, so that the end of a full chunk cuts them. An answer in
+            two chunks must be read from both; left to chance, the rarest cuts are what a model gets wrong.
         text_positions: tokens of ordinary text in `text_mask`, over the whole batch.
 
     Raises:
@@ -80,6 +82,7 @@ class NeedleMixConfig:
     min_distance: int = 0
     hard_name_rate: float = 0.25
     decoy_rate: float = 0.1
+    border_rate: float = 0.0
     text_positions: int = 128
 
     def __post_init__(self) -> None:
@@ -87,7 +90,7 @@ class NeedleMixConfig:
             _require(
                 getattr(self, name) >= least, f"{name}: wanted at least {least}, got {getattr(self, name)}"
             )
-        for name in ("dense_share", "chain_share", "hard_name_rate", "decoy_rate"):
+        for name in ("dense_share", "chain_share", "hard_name_rate", "decoy_rate", "border_rate"):
             _require(0 <= getattr(self, name) <= 1, f"{name}: wanted 0..1, got {getattr(self, name)}")
         for name in ("question_rate", "needles_per_question"):
             _require(getattr(self, name) > 0, f"{name}: wanted a positive number, got {getattr(self, name)}")
@@ -306,9 +309,11 @@ def _lay_out(
         room -= len(decoy)
     events.sort(key=lambda event: event[0])
 
-    writer = _RowWriter(window, codec.encode(ANSWER_END), stage.min_distance, stage.needles_per_question < 1)
+    writer = _RowWriter(window, codec.encode(ANSWER_END), stage, room)
     for place, needle, number in events:
         writer.write_text(int(place * (room + 1)))
+        if needle is not None and number >= 0 and rng.random() < stage.border_rate:
+            writer.move_to_border(len(needle), rng)
         if needle is None:
             writer.ask(rng)
         elif number < 0:
@@ -339,15 +344,18 @@ class _RowWriter:
     Args:
         window: (row_length,) text that the row is filled with.
         answer_end: tokens written after an answer.
-        min_distance: tokens between a needle and its question, at least.
-        ask_again: what was asked for waits to be asked for again, as far from its answer as from its needle.
+        stage: what the batch is made of. With fewer needles than questions, what was asked for waits to be asked for
+            again, as far from its answer as from its needle.
+        room: tokens of text that the row has place for.
     """
 
-    def __init__(self, window: TokenIds, answer_end: TokenIds, min_distance: int, ask_again: bool) -> None:
+    def __init__(self, window: TokenIds, answer_end: TokenIds, stage: NeedleMixConfig, room: int) -> None:
         self._window = window
         self._answer_end = answer_end
-        self._min_distance = min_distance
-        self._ask_again = ask_again
+        self._min_distance = stage.min_distance
+        self._ask_again = stage.needles_per_question < 1
+        self._chunk_size = stage.chunk_size
+        self._room = room
         self._parts: list[TokenIds] = []
         self._kinds: list[int] = []
         self._copied = 0  # tokens of the window
@@ -364,9 +372,18 @@ class _RowWriter:
         self._length += len(ids)
 
     def write_text(self, until: int) -> None:
-        """Append the window's tokens up to `until`."""
+        """Append the window's tokens up to `until`, where they are not written yet."""
         self.write(self._window[self._copied : until], _TEXT)
-        self._copied = until
+        self._copied = max(self._copied, until)
+
+    def move_to_border(self, size: int, rng: np.random.Generator) -> None:
+        """Append so much text that a needle of `size` tokens will begin in one full chunk and end in the next."""
+        chunk_start = self._question_ends[-1] + 1 if self._question_ends else 0
+        offset = (self._length - chunk_start) % self._chunk_size
+        wanted = self._chunk_size - int(rng.integers(1, max(size, 2)))
+        text = (wanted - offset) % self._chunk_size
+        if self._copied + text <= self._room:
+            self.write_text(self._copied + text)
 
     def write_needle(self, needle: TokenIds, task: _Task) -> None:
         """Append a needle; after the last one of its task the task may be asked for."""
