@@ -1,4 +1,4 @@
-"""Small baselines whose every parameter matters: random norm weights, GQA."""
+"""Small baselines whose every parameter matters: random norm weights, GQA; float64, so that no choice tips over."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ SMALL = {
 OWN: dict[str, dict[str, object]] = {
     "window": {"sliding_window": 10},
     "full_attention": {},
+    "landmark": {"chunk_size": 7, "retrieval_top_k": 2, "local_chunks": 1, "max_chunk_distance": 3},
 }
 
 
@@ -38,6 +39,6 @@ def make_baseline() -> Callable[..., PreTrainedModel]:
                     parameter.uniform_(0.5, 1.5)
                 elif parameter.dim() == 2:
                     parameter.mul_(8)  # scores and logits that differ enough to choose by
-        return model.eval()
+        return model.eval().double()
 
     return make

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from drt.errors import DRTError
 from drt.models.drt import DRTConfig, DRTForCausalLM
 from drt.models.full_attention import FullAttentionConfig, FullAttentionForCausalLM
+from drt.models.landmark import LandmarkConfig, LandmarkForCausalLM
 from drt.models.window import WindowConfig, WindowForCausalLM
 
 SHIPPED = Path(__file__).parents[1] / "checkpoints"
@@ -23,6 +24,7 @@ _MODELS: dict[str, type[PreTrainedModel]] = {
     DRTConfig.model_type: DRTForCausalLM,
     WindowConfig.model_type: WindowForCausalLM,
     FullAttentionConfig.model_type: FullAttentionForCausalLM,
+    LandmarkConfig.model_type: LandmarkForCausalLM,
 }
 _SHOWN = 5  # problems listed in one message
 

@@ -11,15 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}  # float64, but for angles and biases
 NEW = 9
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
 MODELS = [
     ("window", {}),
     ("window", {"position_embedding": "rope"}),
-    ("window", {"sliding_window": 1}),
     ("full_attention", {}),
     ("full_attention", {"position_embedding": "alibi"}),
+    ("landmark", {}),
+    ("landmark", {"chunk_size": 3, "local_chunks": 0, "retrieval_top_k": 4}),
 ]
 ONE_EACH = list({name: (name, changes) for name, changes in reversed(MODELS)}.values())
 
@@ -150,15 +151,11 @@ def test_loss_and_gradients(make_baseline, ids, name, changes):
     labels[:, 5:9] = -100
     out = model(ids, labels=labels, chunk_ends=torch.ones_like(ids, dtype=torch.bool))
     assert out.past_key_values is None
-    expected = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    expected = F.cross_entropy(out.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(out.loss, expected)
     out.loss.backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None or float(p.grad.abs().max()) == 0]
-    assert silent == (  # one key: its weight is 1 whatever it is
-        [f"model.layers.{i}.window_attention.{x}_proj.weight" for i in (0, 1) for x in "qk"]
-        if changes.get("sliding_window") == 1
-        else []
-    )
+    assert not silent
     gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -176,14 +173,15 @@ def test_saved_and_loaded_by_the_auto_classes(make_baseline, ids, tmp_path, name
     assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == model.config.to_diff_dict()
     causal, base = AutoModelForCausalLM.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)
     assert type(causal) is type(model)
-    assert torch.equal(causal(ids).logits, model(ids).logits)
-    assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    torch.testing.assert_close(causal(ids).logits, model(ids).logits, **TOLERANCE)
+    states = (x(ids).last_hidden_state for x in (base, model.model))
+    torch.testing.assert_close(*states, **TOLERANCE)
     assert causal.lm_head.weight is causal.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize(("name", "changes"), ONE_EACH)
 def test_bfloat16_autocast_is_near_float32(make_baseline, ids, name, changes):
-    model = make_baseline(name, **changes).train()
+    model = make_baseline(name, **changes).float().train()
     exact = model(ids, labels=ids).loss
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(ids, labels=ids).loss
