@@ -27,6 +27,12 @@ def generate(
         Path | None,
         typer.Option(metavar="DIR", help="Folder of the model. Default: the one that ships with drt."),
     ] = None,
+    memory: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Go on after all that an archive holds (drt memory); it is not changed."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 100,
     greedy: Annotated[
         bool,
@@ -66,6 +72,8 @@ def generate(
         drt generate --file book.txt --max-new-tokens 200
 
         cat *.py | drt generate --file - --sample --temperature 0.8 --top-p 0.9 --seed 1
+
+        drt generate --memory books.memory "|qx?" --max-new-tokens 5
     """
     sampling = sampling_options(greedy, temperature, top_p, seed)
     text = read_prompt(prompt, file)
@@ -74,22 +82,20 @@ def generate(
     import torch
     from transformers import TextStreamer, set_seed
 
-    from drt.cli.shared import choose_device, choose_dtype
+    from drt.cli.shared import load_checkpoint, open_archive
     from drt.data.needles import parse_length
     from drt.data.tokens import TextCodec
-    from drt.models.loading import load_model, shipped_checkpoint
+    from drt.models.drt import DRTCache
 
     tokens_a_pass = parse_length(segment_size)
-    target = choose_device(device)
-    model, tokenizer = load_model(
-        shipped_checkpoint() if checkpoint is None else checkpoint, choose_dtype(dtype)
-    )
-    model.to(target)  # type: ignore[arg-type]
-    ids = torch.from_numpy(TextCodec(tokenizer).encode(text)).long().to(target)[None]
-    cache = read_segments(model, ids, tokens_a_pass)
+    loaded = load_checkpoint(checkpoint, device, dtype)
+    model, tokenizer, _ = loaded
+    ids = torch.from_numpy(TextCodec(tokenizer).encode(text)).long().to(model.device)[None]
+    held = None if memory is None else DRTCache.open(open_archive(memory, loaded), model)
+    cache = read_segments(model, ids, tokens_a_pass, held)
     if not greedy:
         set_seed(seed or 0)
-    model.generate(  # type: ignore[operator]
+    model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,
@@ -148,22 +154,24 @@ def read_prompt(prompt: str | None, file: Path | None) -> bytes:
     return text
 
 
-def read_segments(model: PreTrainedModel, ids: Tensor, segment_size: int) -> Cache | None:
+def read_segments(
+    model: PreTrainedModel, ids: Tensor, segment_size: int, cache: Cache | None = None
+) -> Cache | None:
     """Read all but the last token of a prompt, with a bar on stderr; `generate` reads the last one itself.
 
     Args:
         model: in eval mode.
         ids: (1, L) int64, on the model's device.
         segment_size: tokens in one forward pass.
+        cache: what the model remembers already.
 
     Returns:
-        What the model remembers; None for a prompt of one token.
+        What the model remembers; None where that is nothing.
     """
     import torch
 
     from drt.cli.shared import reading_progress
 
-    cache = None
     with torch.no_grad(), reading_progress() as progress:
         task = progress.add_task("", total=ids.shape[1])
         for segment in ids[:, :-1].split(segment_size, dim=1):

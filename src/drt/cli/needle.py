@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from drt.cli.shared import choose_device, choose_dtype, reading_progress
+from drt.cli.shared import check_writable, load_checkpoint, reading_progress
 from drt.errors import DRTError, Interrupted
 
 if TYPE_CHECKING:
@@ -107,7 +106,6 @@ def needle(
     from drt.data.needles import load_haystack, parse_length
     from drt.eval.needle import NeedlePlan, evaluate_needles, finished_keys
     from drt.eval.results import NeedleRecord, read_records
-    from drt.models.loading import load_model, shipped_checkpoint
     from drt.plotting.needle import plot_needles
 
     plan = NeedlePlan(
@@ -123,13 +121,9 @@ def needle(
     check_outputs(json, plot)
     if threads:
         torch.set_num_threads(threads)
-    target = choose_device(device)
     text = load_haystack(haystack)
-    folder = shipped_checkpoint() if checkpoint is None else checkpoint
-    model, tokenizer = load_model(folder, choose_dtype(dtype))
-    model.to(target)  # type: ignore[arg-type]
+    model, tokenizer, name = load_checkpoint(checkpoint, device, dtype)
 
-    name = folder.name if checkpoint is None else str(folder)
     records = read_records(json, NeedleRecord) if resume and json.exists() else []
     dtype_name = str(model.dtype).removeprefix("torch.")
     done = finished_keys(records, plan, checkpoint=name, dtype=dtype_name, haystack=list(text.names))
@@ -160,15 +154,8 @@ def check_outputs(records: Path, picture: Path) -> None:
     """
     if picture.suffix not in FIGURES:
         raise DRTError(f"--plot {picture}: wanted a file name that ends in {', '.join(FIGURES)}")
-    for option, path in (("--json", records), ("--plot", picture)):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                path.open("ab").close()
-            else:
-                tempfile.TemporaryFile(dir=path.parent).close()
-        except OSError as error:
-            raise DRTError(f"{option} {path}: cannot be written: {error.strerror}") from error
+    check_writable("--json", records)
+    check_writable("--plot", picture)
 
 
 class Watch:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from drt.errors import DRTError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from drt.memory import Archive
 
 
 def choose_device(name: str) -> torch.device:
@@ -47,12 +60,76 @@ def choose_dtype(name: str | None) -> torch.dtype | None:
     return dtypes[name]
 
 
+class LoadedModel(NamedTuple):
+    """A model on its device, in eval mode, its tokenizer, and what records and archives call it."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load_checkpoint(checkpoint: Path | None, device: str, dtype: str | None = None) -> LoadedModel:
+    """Load a checkpoint for the options --checkpoint (None: the one that ships), --device and --dtype.
+
+    Raises:
+        DRTError: the device or the dtype is unknown, or the folder holds no model that can be loaded.
+    """
+    from drt.models.loading import load_model, shipped_checkpoint
+
+    target = choose_device(device)
+    folder = shipped_checkpoint() if checkpoint is None else checkpoint
+    model, tokenizer = load_model(folder, choose_dtype(dtype))
+    name = folder.name if checkpoint is None else str(checkpoint)
+    return LoadedModel(model.to(target), tokenizer, name)  # type: ignore[arg-type]
+
+
+def open_archive(folder: Path, loaded: LoadedModel) -> Archive:
+    """Open an archive for reading.
+
+    Raises:
+        DRTError: no archive, one that is damaged or unfinished, or one that another model or tokenizer made.
+    """
+    from drt.memory.archive import Archive
+
+    archive = Archive.open(folder)
+    check_maker(loaded, archive)
+    return archive
+
+
+def check_maker(loaded: LoadedModel, archive: Archive) -> None:
+    """Make sure that a model and its tokenizer are those that made an archive.
+
+    Raises:
+        DRTError: they are not.
+    """
+    from drt.models.drt.fingerprint import model_fingerprint, tokenizer_fingerprint
+
+    archive.check(model_fingerprint(loaded.model), tokenizer_fingerprint(loaded.tokenizer))
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Make sure that a file can be written before hours go into what it shall hold; makes its folder.
+
+    Raises:
+        DRTError: a folder in the way, no permission.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            path.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise DRTError(f"{option} {path}: cannot be written: {error.strerror}") from error
+
+
 class TokensColumn(ProgressColumn):
     """Tokens read, of how many, and how fast."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        shown = f"{task.completed:,.0f} of {task.total or 0:,.0f} tokens"
+        whole = "" if task.total is None else f" of {task.total:,.0f}"
+        shown = f"{task.completed:,.0f}{whole} tokens"
         return Text(shown if speed is None else f"{shown}, {speed:,.0f} tokens/s")
 
 
@@ -64,6 +141,19 @@ def reading_progress() -> Progress:
         BarColumn(),
         TokensColumn(),
         TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def checking_progress() -> Progress:
+    """A bar on stderr that counts bytes; nothing where stderr is no terminal."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("checking"),
+        BarColumn(),
+        DownloadColumn(binary_units=False),
         TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,

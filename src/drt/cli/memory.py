@@ -1,0 +1,272 @@
+"""`drt memory`: read documents once and keep what a model remembers of them in a folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from drt.errors import DRTError, Interrupted
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from drt.cli.shared import LoadedModel
+    from drt.memory import Archive, ArchiveDescription, ArchiveWriter
+
+memory = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
+
+FilesArgument = Annotated[
+    list[Path], typer.Argument(metavar="FILE...", help="UTF-8 texts of any length, read in this order.")
+]
+FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the archive.")]
+CheckpointOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder of the model. Default: the one that ships with drt."),
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")]
+
+NOT_WHOLE = 1  # exit code of verify
+DTYPES = ("bfloat16", "float32", "float16", "int8")
+NAMES = 3  # documents named in one message
+
+
+@memory.callback()
+def root() -> None:
+    """Read documents once, keep what a model remembers of them in a folder, and ask it questions with drt ask."""
+
+
+@memory.command()
+def build(
+    files: FilesArgument,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder of the archive; made if it is missing."),
+    ],
+    checkpoint: CheckpointOption = None,
+    dtype: Annotated[
+        str, typer.Option(help="How keys and values are kept: bfloat16, float32, float16 or int8.")
+    ] = "bfloat16",
+    segment_size: Annotated[
+        str, typer.Option(metavar="N", help="Tokens read in one pass; more of them take more memory.")
+    ] = "4K",
+    device: DeviceOption = "auto",
+) -> None:
+    """Read documents and keep what the model remembers of them.
+
+    The archive holds the texts too, so it can be copied to another machine as it is. After Ctrl-C or a kill the same
+    command goes on from the last commit; where nothing is left to do it says so.
+
+    Examples:
+
+        drt memory build book.txt -o book.memory
+
+        drt memory build volume-1.txt volume-2.txt -o books.memory --checkpoint runs/my-model/final
+    """
+    # Torch and transformers take seconds to import: not before `--help` and mistyped options are dealt with.
+    check_files(files)
+
+    from drt.cli.shared import check_maker, load_checkpoint
+    from drt.data.needles import parse_length
+    from drt.memory.archive import MANIFEST
+    from drt.memory.archive_writer import ArchiveWriter
+    from drt.models.drt.archive_drt import describe_archive
+
+    tokens_a_pass = parse_length(segment_size)
+    if dtype not in DTYPES:
+        raise DRTError(f"--dtype: wanted {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {dtype!r}")
+    loaded = load_checkpoint(checkpoint, device)
+    description = describe_archive(
+        loaded.model, loaded.tokenizer, model_name=loaded.name, dtype=dtype, segment_size=tokens_a_pass
+    )
+    exists = (output / MANIFEST).exists()
+    with ArchiveWriter.open(output) if exists else ArchiveWriter.create(output, description) as archive:
+        check_maker(loaded, archive)
+        check_settings(archive, description)
+        held = [document.name for document in archive.documents]
+        if archive.finished and held != [str(path) for path in files]:
+            raise DRTError(f"{output} holds {list_names(held)}; drt memory append adds documents to it")
+        if archive.finished:
+            typer.echo(f"{output} is complete: {describe_size(archive)}")
+        else:
+            read_files(loaded, archive, files)
+
+
+@memory.command()
+def append(
+    folder: FolderArgument,
+    files: FilesArgument,
+    checkpoint: CheckpointOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Read more documents into an archive, after those that it holds.
+
+    Whoever asks the archive meanwhile sees it as it was before. After Ctrl-C or a kill the same command goes on from
+    the last commit.
+
+    Example:
+
+        drt memory append book.memory sequel.txt
+    """
+    check_files(files)
+
+    from drt.cli.shared import check_maker, load_checkpoint
+    from drt.memory.archive_writer import ArchiveWriter
+
+    with ArchiveWriter.open(folder) as archive:
+        held = [document.name for document in archive.documents]
+        again = [str(path) for path in files if str(path) in held]
+        if archive.finished and again:
+            raise DRTError(f"{folder} holds {list_names(again)} already: {describe_size(archive)}")
+        loaded = load_checkpoint(checkpoint, device)
+        check_maker(loaded, archive)
+        read_files(loaded, archive, files)
+
+
+@memory.command()
+def info(
+    folder: FolderArgument,
+    json: Annotated[bool, typer.Option("--json", help="Show it as one JSON object.")] = False,
+) -> None:
+    """Show what an archive holds, what it was made by, and how large it is."""
+    from json import dumps
+
+    from drt.memory.archive import Archive
+
+    with Archive.open(folder) as archive:
+        facts = archive_facts(archive)
+    if json:
+        typer.echo(dumps(facts))
+    else:
+        show_facts(facts)
+
+
+@memory.command()
+def verify(folder: FolderArgument) -> None:
+    """Read every byte of an archive and compare it with its checksums.
+
+    The exit code is 0 only for a whole archive. Otherwise all that is damaged, missing or unfinished is named, a line
+    each, and the exit code is 1.
+    """
+    from drt.cli.shared import checking_progress
+    from drt.memory.archive_verify import verify_archive
+
+    total = sum(path.stat().st_size for path in folder.glob("*.bin"))
+    with checking_progress() as progress:
+        task = progress.add_task("", total=total)
+        problems = verify_archive(folder, lambda count: progress.advance(task, count))
+    for problem in problems:
+        typer.echo(problem)
+    if problems:
+        raise typer.Exit(NOT_WHOLE)
+    typer.echo(f"{folder} is whole")
+
+
+def check_files(files: Sequence[Path]) -> None:
+    """Make sure that every file can be read before hours go into the first.
+
+    Raises:
+        DRTError: an empty file, or one that is named twice.
+        OSError: one that cannot be read.
+    """
+    for number, path in enumerate(files):
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise DRTError(f"{path} is empty; wanted a text of at least one character")
+        if path in files[:number]:
+            raise DRTError(f"{path} is named twice")
+
+
+def check_settings(archive: Archive, wanted: ArchiveDescription) -> None:
+    """Make sure that an archive was begun with these options.
+
+    Raises:
+        DRTError: with others; says which.
+    """
+    for option, name in (("--dtype", "dtype"), ("--segment-size", "segment_size")):
+        held, got = getattr(archive.description, name), getattr(wanted, name)
+        if held != got:
+            raise DRTError(f"{archive.path} was begun with {option} {held}, got {got}")
+
+
+def read_files(loaded: LoadedModel, archive: ArchiveWriter, files: Sequence[Path]) -> None:
+    """Read files into an archive with a bar on stderr, and say what it then holds.
+
+    Raises:
+        Interrupted: Ctrl-C; the archive is whole up to its last commit.
+    """
+    from drt.cli.shared import reading_progress
+    from drt.data.tokens import TextCodec
+    from drt.models.drt.archive_drt import read_documents
+
+    size = sum(path.stat().st_size for path in files)
+    with reading_progress() as progress:
+        task = progress.add_task("", total=size if TextCodec(loaded.tokenizer).is_bytes else None)
+        try:
+            read_documents(
+                loaded.model, loaded.tokenizer, archive, files, lambda count: progress.advance(task, count)
+            )
+        except KeyboardInterrupt as interrupt:
+            raise Interrupted(
+                f"stopped; {archive.path} keeps {describe_size(archive)}. The same command goes on from there."
+            ) from interrupt
+    typer.echo(f"{archive.path}: {describe_size(archive)}")
+
+
+def list_names(names: Sequence[str]) -> str:
+    """The first few names."""
+    return ", ".join(names[:NAMES]) + (f" and {len(names) - NAMES} more" if len(names) > NAMES else "")
+
+
+def describe_size(archive: Archive) -> str:
+    """How much an archive holds, in words."""
+    documents, size = len(archive.documents), sum(archive.num_bytes.values())
+    plural = "" if documents == 1 else "s"
+    return f"{archive.num_tokens:,} tokens of {documents} document{plural} in {size / 1e6:,.1f} MB"
+
+
+def archive_facts(archive: Archive) -> dict[str, Any]:
+    """What `drt memory info` tells."""
+    size = sum(archive.num_bytes.values())
+    return {
+        "path": str(archive.path),
+        "tokens": archive.num_tokens,
+        "chunks": archive.num_chunks,
+        "bytes": size,
+        "bytes_per_token": size / max(archive.num_tokens, 1),
+        "files": archive.num_bytes,
+        "unfinished": not archive.finished,
+        "description": asdict(archive.description),
+        "documents": [asdict(document) for document in archive.documents],
+    }
+
+
+def show_facts(facts: dict[str, Any]) -> None:
+    """Print the facts as a list and a table of the documents."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    made_by = facts["description"]
+    console = Console(highlight=False)
+    lines = {
+        "archive": facts["path"],
+        "model": f"{made_by['model_name']} ({made_by['model_fingerprint'][:12]})",
+        "holds": f"{facts['tokens']:,} tokens in {facts['chunks']:,} chunks of at most {made_by['chunk_size']}",
+        "size": f"{facts['bytes'] / 1e6:,.1f} MB, {facts['bytes_per_token']:,.1f} bytes a token, in {made_by['dtype']}",
+    }
+    if facts["unfinished"]:
+        lines["unfinished"] = "an append was interrupted; the same append goes on from there"
+    for name, line in lines.items():
+        console.print(f"{name:<11}{line}", markup=False, soft_wrap=True)
+    table = Table(Column("document", overflow="fold"), box=SIMPLE_HEAD)
+    for name in ("tokens", "bytes", "chunks from", "to"):
+        table.add_column(name, justify="right")
+    for document in facts["documents"]:
+        first, count = document["first_chunk"], document["num_chunks"]
+        numbers = (document["num_tokens"], document["num_bytes"], first, first + count)
+        table.add_row(Text(document["name"]), *(f"{number:,}" for number in numbers))
+    console.print(table)
