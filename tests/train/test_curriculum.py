@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from drt.train.curriculum import Curriculum, RunningTotals
-from drt.train.loss import TOTALS
+from drt.train.loss import TOTALS, needle_means
 
 STAGES: list[dict[str, Any]] = [
     {"chunks": 4, "threshold": 0.5},
@@ -65,31 +65,49 @@ SECOND = _totals(
 )
 
 
+def alone(values: torch.Tensor) -> torch.Tensor:
+    """The sum over one process."""
+    return values
+
+
 def test_means_weigh_steps_and_tokens() -> None:
-    totals = RunningTotals()
+    totals = RunningTotals(TOTALS)
     totals.add(FIRST, 100)
     totals.add(SECOND, 100)
-    means = totals.take()
+    sums, tokens_per_second = totals.take(alone)
+    means = needle_means(sums)
     assert means["loss"] == pytest.approx(2.7)
     assert means["answer_loss"] == pytest.approx(2.5)
     assert means["answer_accuracy"] == pytest.approx(0.5)
     assert means["exact_match"] == pytest.approx(0.5)
     assert means["chain_exact_match"] == 0
-    assert means["tokens_per_second"] > 0
+    assert tokens_per_second > 0
     totals.add(FIRST, 100)
-    means = totals.take()
+    means = needle_means(totals.take(alone)[0])
     assert means["loss"] == pytest.approx(3.1)
     assert "chain_exact_match" not in means  # no chain was asked
 
 
 def test_partial_sums_survive_a_checkpoint() -> None:
-    totals = RunningTotals()
+    totals = RunningTotals(TOTALS)
     totals.seconds = 50.0
     totals.add(FIRST, 100)
     restored = RunningTotals.from_state(json.loads(json.dumps(totals.state())))
     restored.add(SECOND, 100)
     totals.add(SECOND, 100)
-    expected, got = totals.take(), restored.take()
-    for name in ("loss", "answer_loss", "text_loss", "answer_accuracy", "exact_match"):
-        assert got[name] == expected[name]
-    assert got["seconds"] >= 50
+    assert totals.take(alone)[0] == restored.take(alone)[0]
+    assert restored.elapsed() >= 50
+
+
+def test_sums_of_several_processes_are_kept_by_one() -> None:
+    processes = [RunningTotals(["steps", "loss"]) for _ in range(2)]
+    both = torch.tensor([2.0, 5.0], dtype=torch.float64)
+    for totals, loss in zip(processes, (2.0, 3.0), strict=True):
+        totals.add(torch.tensor([1.0, loss], dtype=torch.float64), 10)
+    for totals, keep in zip(processes, (True, False), strict=True):
+        totals.merge(lambda _: both, keep)
+    assert processes[0].state()["attributes"]["values"] == [2.0, 5.0]
+    assert processes[1].state()["attributes"]["values"] == [0.0, 0.0]
+    restored = RunningTotals.from_state(processes[0].state())
+    restored.on_train_begin(None, TrainerState(is_world_process_zero=False), TrainerControl())
+    assert restored.values == [0.0, 0.0]

@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from drt.errors import DRTError
 
 MARKER = "complete"
 
@@ -59,6 +63,33 @@ def delete_others(output_dir: Path, keep: Iterable[Path]) -> None:
         if folder not in kept:
             (folder / MARKER).unlink()
             shutil.rmtree(folder)
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """While a checkpoint is written: what goes wrong is told, and what there is of the checkpoint deleted.
+
+    Raises:
+        DRTError: it cannot be written. It says which checkpoint is the newest whole one.
+    """
+    try:
+        yield
+    # The libraries that write weights and optimizer say in their own ways that the disk is full.
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        whole, _ = find_checkpoints(folder.parent)
+        kept = f"{whole[-1]} is whole, and the run goes on from there" if whole else "there is no earlier one"
+        raise DRTError(
+            f"{folder} could not be written, {_reason(error)}; {kept}: make room and run the same command again"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The cause in one line; what was raised first says more than what the libraries made of it."""
+    while error.__context__ is not None and not isinstance(error, OSError):
+        error = error.__context__
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _flush(path: Path) -> None:

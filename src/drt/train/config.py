@@ -145,34 +145,27 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """A whole training run.
+class RunConfig:
+    """What every training run has, whatever it learns.
 
     Args:
         output_dir: folder of the run: checkpoints, logs and, at the end, `final`.
-        model: fields of `DRTConfig`; chunk_size must be among them, for rows are counted in chunks.
-        data: text and needles.
-        curriculum: stages, in order.
+        model: `model_type` (default `drt`) and fields of that model's configuration.
         optimizer: optimizer and learning-rate schedule.
-        validation: what is generated every `eval_every` steps.
-        text_weight: weight of ordinary text in the loss, beside weight 1 for answer tokens.
-        tokens_per_step: tokens in a batch.
+        tokens_per_step: tokens in a batch, over all processes.
         max_steps: optimizer steps.
-        seed: of the initial weights, of every batch and of the validation samples.
+        seed: of the initial weights, of every batch and of what is validated.
         log_every, eval_every, save_every: intervals in steps; eval_every 0 turns validation off.
         threads: CPU threads of PyTorch; 0 leaves PyTorch's own choice.
         device: `auto` (a GPU if there is one), `cpu` or `cuda`.
         dtype: `float32`, or `bfloat16` for automatic mixed precision.
         compile: train through `torch.compile`.
+        gradient_checkpointing: keep only the layers' inputs and compute the rest again in the backward pass.
     """
 
     output_dir: str
     model: dict[str, Any]
-    data: DataConfig
-    curriculum: list[StageConfig]
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    text_weight: float = 0.1
     tokens_per_step: int = 4096
     max_steps: int = 2500
     seed: int = 0
@@ -183,12 +176,9 @@ class TrainConfig:
     device: str = "auto"
     dtype: str = "float32"
     compile: bool = False
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        size = self.model.get("chunk_size")
-        _require(type(size) is int and size >= 1, f"model.chunk_size: wanted a whole number >= 1, got {size}")
-        _require(bool(self.curriculum), "curriculum: wanted at least one stage, got none")
-        _require(self.text_weight >= 0, f"text_weight: wanted at least 0, got {self.text_weight}")
         for name in ("tokens_per_step", "max_steps", "log_every", "save_every"):
             _require(getattr(self, name) >= 1, f"{name}: wanted at least 1, got {getattr(self, name)}")
         for name in ("seed", "eval_every", "threads"):
@@ -198,6 +188,121 @@ class TrainConfig:
         )
         known = ("float32", "bfloat16")
         _require(self.dtype in known, f"dtype: wanted float32 or bfloat16, got {self.dtype!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """A run that learns to answer questions about needles.
+
+    Args:
+        task: `needles`.
+        model: chunk_size must be among its fields, for rows are counted in chunks.
+        data: text and needles.
+        curriculum: stages, in order.
+        validation: what is generated every `eval_every` steps.
+        text_weight: weight of ordinary text in the loss, beside weight 1 for answer tokens.
+        Others as in `RunConfig`.
+    """
+
+    task: str = "needles"
+    data: DataConfig
+    curriculum: list[StageConfig]
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    text_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.model.get("chunk_size")
+        _require(type(size) is int and size >= 1, f"model.chunk_size: wanted a whole number >= 1, got {size}")
+        _require(bool(self.curriculum), "curriculum: wanted at least one stage, got none")
+        _require(self.text_weight >= 0, f"text_weight: wanted at least 0, got {self.text_weight}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """The corpus of a language model.
+
+    Args:
+        corpus: folder, as `drt data prepare` makes it; its tokenizer is the model's.
+        sequence_length: tokens of a row.
+        inside_documents: no row holds tokens of two documents, and documents shorter than a row are not used. False:
+            a row may hold the end of one document and the beginning of the next.
+        validation_sequences: rows of the validation split, evenly spread, whose loss is measured.
+        verify: compare every file of the corpus with its checksum before training.
+    """
+
+    corpus: str
+    sequence_length: int
+    inside_documents: bool = False
+    validation_sequences: int = 32
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.sequence_length >= 2, f"sequence_length: wanted at least 2, got {self.sequence_length}")
+        _require(
+            self.validation_sequences >= 1,
+            f"validation_sequences: wanted at least 1, got {self.validation_sequences}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig(RunConfig):
+    """A run that learns to predict the next token of a corpus.
+
+    Args:
+        task: `language_model`.
+        data: the corpus and its rows; tokens_per_step is a multiple of its sequence_length.
+        rows_per_pass: rows that one process computes at once; a step is made of as many passes as it takes (gradient
+            accumulation). Null: all of them in one pass.
+        sharding: `none`: every process holds the whole model (DDP); `fsdp`: weights, gradients and optimizer are
+            split over the processes (FSDP2).
+        Others as in `RunConfig`.
+    """
+
+    task: str
+    data: CorpusConfig
+    rows_per_pass: int | None = None
+    sharding: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        length = self.data.sequence_length
+        _require(
+            self.tokens_per_step % length == 0,
+            f"tokens_per_step: wanted a multiple of data.sequence_length = {length}, got {self.tokens_per_step}",
+        )
+        _require(self.sharding in ("none", "fsdp"), f"sharding: wanted none or fsdp, got {self.sharding!r}")
+        _require(
+            self.rows_per_pass is None or self.rows_per_pass >= 1,
+            f"rows_per_pass: wanted at least 1, got {self.rows_per_pass}",
+        )
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of a step, over all processes."""
+        return self.tokens_per_step // self.data.sequence_length
+
+    def passes_per_step(self, world_size: int) -> int:
+        """Forward and backward passes that each process makes in a step.
+
+        Raises:
+            DRTError: the rows of a step cannot be shared evenly.
+        """
+        share, rest = divmod(self.rows_per_step, world_size)
+        if rest:
+            raise DRTError(
+                f"tokens_per_step: wanted as many rows for each of {world_size} processes, got "
+                f"{self.rows_per_step} rows of {self.data.sequence_length} tokens"
+            )
+        passes, rest = divmod(share, self.rows_per_pass or share)
+        if rest:
+            raise DRTError(
+                f"rows_per_pass: wanted a divisor of the {share} rows a process has in a step, got {self.rows_per_pass}"
+            )
+        return passes
+
+
+TASKS: dict[str, type[RunConfig]] = {"needles": TrainConfig, "language_model": LanguageModelConfig}
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -211,8 +316,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(path: Path | str, overrides: typing.Sequence[str] = ()) -> TrainConfig:
-    """Read a training configuration.
+def load_config(path: Path | str, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """Read a training configuration: of the kind that its `task` says, by default `needles`.
 
     Args:
         path: YAML file.
@@ -233,9 +338,13 @@ def load_config(path: Path | str, overrides: typing.Sequence[str] = ()) -> Train
     for override in overrides:
         _override(values, override)
     source = f"{path} with --set" if overrides else str(path)
-    config = _parse(TrainConfig, values, "", source)
-    for number, stage in enumerate(config.curriculum):
-        _parse(NeedleMixConfig, _mix_fields(config, stage), f"curriculum.{number}.mix", source)
+    task = values.get("task", "needles")
+    if task not in TASKS:
+        raise DRTError(f"{source}: task: wanted {' or '.join(TASKS)}, got {_describe(task)}")
+    config = _parse(TASKS[task], values, "", source)
+    if isinstance(config, TrainConfig):
+        for number, stage in enumerate(config.curriculum):
+            _parse(NeedleMixConfig, _mix_fields(config, stage), f"curriculum.{number}.mix", source)
     return config
 
 
@@ -256,7 +365,7 @@ def _mix_fields(config: TrainConfig, stage: StageConfig) -> dict[str, Any]:
     }
 
 
-def config_to_dict(config: TrainConfig) -> dict[str, Any]:
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """The configuration with every default filled in, as plain values that YAML and JSON can hold."""
     return dataclasses.asdict(config)
 

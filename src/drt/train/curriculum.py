@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from drt.train.config import StageConfig
-from drt.train.loss import TOTALS
 
 
 class Curriculum(TrainerCallback, ExportableState):
@@ -68,11 +68,15 @@ class RunningTotals(TrainerCallback, ExportableState):
     """Sums over the steps since the last log, kept on the device, and the seconds the run has taken so far.
 
     A checkpoint between two logs holds the partial sums, so that a resumed run logs, and decides, what an
-    uninterrupted one would have.
+    uninterrupted one would have. With several processes each sums what it saw.
+
+    Args:
+        names: of the sums, in the order of `add`.
     """
 
-    def __init__(self) -> None:
-        self.values = [0.0] * len(TOTALS)
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self.values = [0.0] * len(self.names)
         self.seconds = 0.0
         self._sums: Tensor | None = None
         self._tokens = 0
@@ -80,11 +84,19 @@ class RunningTotals(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What the Trainer saves: constructor arguments and attributes."""
-        return {"args": {}, "attributes": {"values": self._read(), "seconds": self.elapsed()}}
+        attributes = {"values": self._read(), "seconds": self.elapsed()}
+        return {"args": {"names": self.names}, "attributes": attributes}
 
     def elapsed(self) -> float:
         """Wall seconds of the run, those before a restart included."""
         return self.seconds + time.perf_counter() - self._started
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A checkpoint holds the sums of all processes: the first one goes on with them."""
+        if not state.is_world_process_zero:
+            self.values = [0.0] * len(self.names)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -94,24 +106,36 @@ class RunningTotals(TrainerCallback, ExportableState):
             self._interval_start = time.perf_counter()
 
     def add(self, totals: Tensor, tokens: int) -> None:
-        """Add one step's `NeedleLoss.totals` and its number of tokens."""
+        """Add one step's totals (a float64 vector, on its device) and its number of tokens."""
         if self._sums is None:
             self._sums = torch.tensor(self.values, dtype=torch.float64, device=totals.device)
         self._sums += totals
         self._tokens += tokens
 
-    def take(self) -> dict[str, float]:
-        """Means since the last call, by the names they are logged under. Waits for the device."""
-        sums = dict(zip(TOTALS, self._read(), strict=True))
+    def merge(self, reduce: Callable[[Tensor], Tensor], keep: bool) -> None:
+        """Replace the sums by those over all processes, on the one that keeps them; the others begin anew.
+
+        Args:
+            reduce: adds a tensor up over all processes.
+            keep: whether this process keeps them.
+        """
+        if self._sums is not None:
+            merged = reduce(self._sums)
+            self._sums = merged if keep else torch.zeros_like(merged)
+
+    def take(self, reduce: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], float]:
+        """Sums over all processes since the last call by name, and this one's tokens a second. Waits for the device.
+
+        Args:
+            reduce: adds a tensor up over all processes.
+        """
+        if self._sums is not None:
+            self._sums = reduce(self._sums)
+        sums = dict(zip(self.names, self._read(), strict=True))
         seconds = time.perf_counter() - self._interval_start
         tokens_per_second = self._tokens / max(seconds, 1e-9)
-        self.values, self._sums, self._tokens = [0.0] * len(TOTALS), None, 0
-        means = {name: sums[name] / sums["steps"] for name in ("loss", "answer_loss", "text_loss")}
-        means["answer_accuracy"] = sums["answer_tokens_right"] / max(sums["answer_tokens"], 1.0)
-        means["exact_match"] = sums["answers_right"] / max(sums["answers"], 1.0)
-        if sums["chains"]:
-            means["chain_exact_match"] = sums["chains_right"] / sums["chains"]
-        return {**means, "tokens_per_second": tokens_per_second, "seconds": self.elapsed()}
+        self.values, self._sums, self._tokens = [0.0] * len(self.names), None, 0
+        return sums, tokens_per_second
 
     def _read(self) -> list[float]:
         return self.values if self._sums is None else self._sums.tolist()

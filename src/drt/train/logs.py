@@ -65,10 +65,10 @@ class Display(TrainerCallback):
 
     Args:
         console: where to print.
-        stages: number of stages of the curriculum.
+        stages: number of stages of the curriculum, if there is one.
     """
 
-    def __init__(self, console: Console, stages: int) -> None:
+    def __init__(self, console: Console, stages: int = 1) -> None:
         self.console = console
         self.stages = stages
         self.stage = -1
@@ -113,14 +113,17 @@ class Display(TrainerCallback):
             )
             self.console.print(f"step {state.global_step}: validation {shown}", highlight=False)
             return
-        text = (
-            f"stage {logs['stage'] + 1}/{self.stages} loss {logs['loss']:.3f} "
-            f"answer tokens {logs['answer_accuracy']:.1%} answers {logs['exact_match']:.1%} "
-            f"{logs['tokens_per_second']:,.0f} tokens/s"
-        )
+        if "stage" in logs:
+            text = (
+                f"stage {logs['stage'] + 1}/{self.stages} loss {logs['loss']:.3f} "
+                f"answer tokens {logs['answer_accuracy']:.1%} answers {logs['exact_match']:.1%} "
+            )
+        else:
+            text = f"loss {logs['loss']:.3f} lr {logs['learning_rate']:.2e} "
+        text += f"{logs['tokens_per_second']:,.0f} tokens/s"
         self.progress.update(self.task, description=text)
-        entered = logs["stage"] != self.stage
-        self.stage = logs["stage"]
+        entered = logs.get("stage", 0) != self.stage
+        self.stage = logs.get("stage", 0)
         if entered or not (self.console.is_terminal or state.global_step % (10 * args.logging_steps)):
             self.console.print(f"step {state.global_step}: {text}", highlight=False)
 

@@ -75,6 +75,20 @@ def needle_loss(
     return NeedleLoss(loss, totals.detach().double())
 
 
+def needle_means(sums: dict[str, float]) -> dict[str, float]:
+    """What is logged of the totals of several steps.
+
+    Args:
+        sums: by the names in `TOTALS`.
+    """
+    means = {name: sums[name] / sums["steps"] for name in ("loss", "answer_loss", "text_loss")}
+    means["answer_accuracy"] = sums["answer_tokens_right"] / max(sums["answer_tokens"], 1.0)
+    means["exact_match"] = sums["answers_right"] / max(sums["answers"], 1.0)
+    if sums["chains"]:
+        means["chain_exact_match"] = sums["chains_right"] / sums["chains"]
+    return means
+
+
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of the masked values; 0 where there are none."""
     return (values * mask).sum() / mask.sum().clamp(min=1)

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from drt.train.config import TrainConfig, config_to_dict
+from drt.train.config import RunConfig, config_to_dict
 
 RECORD_FILE = "training.json"
 
 
 def training_record(
-    config: TrainConfig,
+    config: RunConfig,
     command: list[str],
     model: PreTrainedModel,
     *,

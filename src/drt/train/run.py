@@ -6,36 +6,48 @@ import inspect
 import os
 import shutil
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
-from transformers import ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    ByT5Tokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.utils import logging
 
+import drt.models  # noqa: F401 (registers the models with the Auto classes)
 from drt.errors import DRTError, Interrupted
-from drt.models.drt import DRTConfig, DRTForCausalLM
 from drt.train.batches import BatchMaker
 from drt.train.checkpoints import checkpoint_folder, find_checkpoints
-from drt.train.config import TrainConfig, config_to_dict
+from drt.train.config import LanguageModelConfig, RunConfig, TrainConfig, config_to_dict
 from drt.train.curriculum import RunningTotals
 from drt.train.interrupt import Interrupt
+from drt.train.language_model import LanguageModelTrainer, corpus_tokenizer, vocabulary_fields
 from drt.train.logs import METRICS_FILE, Display, MetricsFile
 from drt.train.record import RECORD_FILE, training_record
-from drt.train.trainer import NeedleTrainer
+from drt.train.trainer import NeedleTrainer, RunTrainer
 from drt.train.validation import NeedleValidation
 
 CONFIG_FILE = "config.yaml"
 FINAL_FOLDER = "final"
 
 
-def run_training(config: TrainConfig, command: list[str], console: Console | None = None) -> Path:
+def run_training(config: RunConfig, command: list[str], console: Console | None = None) -> Path:
     """Train, or go on with a run that was stopped.
 
     A run is its `output_dir`: when that holds checkpoints of the same configuration, training goes on from
     the newest whole one, and every loss is what it would have been without the stop (bit for bit on a CPU).
+    Under `torchrun` every process calls this; the first one reports and writes.
 
     Args:
         config: the run.
@@ -46,13 +58,16 @@ def run_training(config: TrainConfig, command: list[str], console: Console | Non
         The folder of the trained model: config, weights, tokenizer, metrics.jsonl and training.json.
 
     Raises:
-        DRTError: the output folder cannot be written or holds another configuration's run, a haystack is
-            missing, the model's fields do not fit, or the loss is no longer finite.
+        DRTError: the output folder cannot be written or holds another configuration's run, a haystack or corpus is
+            missing or damaged, the model's fields do not fit, a checkpoint cannot be written, or the loss is no
+            longer finite.
         Interrupted: Ctrl-C, after the step at hand was finished and a checkpoint written.
     """
-    console = console or Console(stderr=True)
+    rank = int(os.environ.get("RANK", "0"))
+    console = Console(quiet=True) if rank else console or Console(stderr=True)
     output_dir = Path(config.output_dir)
-    prepare_output(config)
+    if rank == 0:
+        prepare_output(config)
     final = output_dir / FINAL_FOLDER
     if final.exists():
         console.print(f"{final} exists: this run is finished. To train anew, choose another output_dir.")
@@ -65,20 +80,18 @@ def run_training(config: TrainConfig, command: list[str], console: Console | Non
 
     logging.disable_progress_bar()  # its bars for saving and loading weights would cut into ours
     interrupt = Interrupt()
-    tokenizer = ByT5Tokenizer(extra_ids=0)
+    tokenizer = make_tokenizer(config)
     model = build_model(config)
-    display = Display(console, len(config.curriculum))
-    callbacks = [MetricsFile(output_dir), display, interrupt, tensorboard_callback(output_dir, resume)]
-    trainer = NeedleTrainer(
-        config,
-        model,
-        tokenizer,
-        make_batch=BatchMaker(config, tokenizer),
-        validate=NeedleValidation(config, tokenizer, interrupt.check) if config.eval_every else None,
-        callbacks=callbacks,
-    )
+    if rank:
+        set_seed(config.seed + rank)  # the weights are the same everywhere, the noise on the scores is not
+    display = Display(console, len(config.curriculum) if isinstance(config, TrainConfig) else 1)
+    callbacks: list[TrainerCallback] = [display, interrupt]
+    if rank == 0:
+        callbacks = [MetricsFile(output_dir), *callbacks, tensorboard_callback(output_dir, resume)]
+    trainer = make_trainer(config, model, tokenizer, callbacks, interrupt)
     try:
-        with interrupt:
+        # Several processes would not stop after the same step: Ctrl-C ends them, and the last checkpoint stays.
+        with interrupt if trainer.args.world_size == 1 else nullcontext():
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     except KeyboardInterrupt:
         if not interrupt.requested:
@@ -91,11 +104,49 @@ def run_training(config: TrainConfig, command: list[str], console: Console | Non
             f"stopped after step {trainer.state.global_step} with a checkpoint in {output_dir}; "
             f"run the same command again to go on"
         )
-    export(trainer, config, command, model, tokenizer)
+    if rank == 0:
+        export(trainer, config, command, model, tokenizer)
+    trainer.accelerator.wait_for_everyone()
     return final
 
 
-def prepare_output(config: TrainConfig) -> None:
+def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The corpus' tokenizer; bytes for needles.
+
+    Raises:
+        DRTError: no corpus, or its tokenizer is damaged.
+    """
+    if isinstance(config, LanguageModelConfig):
+        return corpus_tokenizer(config)
+    return ByT5Tokenizer(extra_ids=0)
+
+
+def make_trainer(
+    config: RunConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    callbacks: list[TrainerCallback],
+    interrupt: Interrupt,
+) -> RunTrainer:
+    """The trainer of the configuration's task.
+
+    Raises:
+        DRTError: the text to train on is missing or does not fit.
+    """
+    if isinstance(config, LanguageModelConfig):
+        return LanguageModelTrainer(config, model, tokenizer, callbacks, interrupt.check)
+    assert isinstance(config, TrainConfig)
+    return NeedleTrainer(
+        config,
+        model,
+        tokenizer,
+        make_batch=BatchMaker(config, tokenizer),
+        validate=NeedleValidation(config, tokenizer, interrupt.check) if config.eval_every else None,
+        callbacks=callbacks,
+    )
+
+
+def prepare_output(config: RunConfig) -> None:
     """Create the run's folder and write its configuration there, or check that it is the same.
 
     Raises:
@@ -136,22 +187,34 @@ def find_resume_point(output_dir: Path, console: Console) -> Path | None:
     return whole[-1] if whole else None
 
 
-def build_model(config: TrainConfig) -> PreTrainedModel:
+def build_model(config: RunConfig) -> PreTrainedModel:
     """A model with fresh weights, the same for the same seed.
 
     Raises:
-        DRTError: unknown or unfitting fields in the model section.
+        DRTError: an unknown model_type, unknown or unfitting fields in the model section, no corpus.
     """
-    known = inspect.get_annotations(DRTConfig)  # its own fields, not the library's hundred others
-    for key in config.model:
-        if key not in known:
-            raise DRTError(f"unknown key model.{key}; wanted a field of DRTConfig: {', '.join(known)}")
+    fields = {"model_type": "drt", **config.model}
+    if isinstance(config, LanguageModelConfig):
+        fields = {**vocabulary_fields(config), **fields}
+    model_type = fields.pop("model_type")
     try:
-        model_config = DRTConfig(**config.model)
+        config_class = type(AutoConfig.for_model(model_type))
+    except ValueError as error:
+        raise DRTError(f"model.model_type: wanted drt or a baseline's, got {model_type!r}") from error
+    # Its own fields, not the library's hundred others.
+    bases = [base for base in config_class.__mro__ if issubclass(base, PreTrainedConfig)]
+    known = [name for base in bases if base is not PreTrainedConfig for name in inspect.get_annotations(base)]
+    for key in fields:
+        if key not in known:
+            raise DRTError(
+                f"unknown key model.{key}; wanted a field of {config_class.__name__}: {', '.join(known)}"
+            )
+    try:
+        model_config = config_class(**fields)
     except (StrictDataclassError, ValueError) as error:
         raise DRTError(f"model: {error.__cause__ or error}") from error
     set_seed(config.seed)
-    return DRTForCausalLM(model_config)
+    return AutoModelForCausalLM.from_config(model_config)
 
 
 def tensorboard_callback(output_dir: Path, resume: Path | None) -> TrainerCallback:
@@ -175,17 +238,16 @@ def tensorboard_callback(output_dir: Path, resume: Path | None) -> TrainerCallba
 
 
 def export(
-    trainer: NeedleTrainer,
-    config: TrainConfig,
+    trainer: RunTrainer,
+    config: RunConfig,
     command: list[str],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Write the best checkpoint by validation (without it, the last) to `final`, whole or not at all."""
     output_dir = Path(config.output_dir)
-    best = trainer.state.best_global_step
-    if best is not None and best != trainer.state.global_step:
-        model = type(model).from_pretrained(checkpoint_folder(output_dir, best))
+    step = trainer.state.best_global_step or trainer.state.global_step
+    model = type(model).from_pretrained(checkpoint_folder(output_dir, step))
     model.config.gumbel_noise = config.model.get("gumbel_noise", False)  # the curriculum may have changed it
     temporary = output_dir / f"{FINAL_FOLDER}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -197,7 +259,7 @@ def export(
         command,
         model,
         steps=trainer.state.global_step,
-        exported_step=best or trainer.state.global_step,
+        exported_step=step,
         seconds=trainer.find_callback(RunningTotals).elapsed(),
         device=str(trainer.args.device),
     )

@@ -1,9 +1,9 @@
-"""The Hugging Face Trainer, told what a needle batch is, how it is scored and how a run is kept safe."""
+"""The Hugging Face Trainer, told how a run is kept safe, what a needle batch is and how it is scored."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,10 +24,10 @@ from transformers import (
 
 from drt.errors import DRTError
 from drt.layers.retriever import Retriever
-from drt.train.checkpoints import checkpoint_folder, delete_others, is_complete, mark_complete
-from drt.train.config import OptimizerConfig, StageConfig, TrainConfig, config_to_dict
+from drt.train.checkpoints import checkpoint_folder, delete_others, explained, is_complete, mark_complete
+from drt.train.config import OptimizerConfig, RunConfig, StageConfig, TrainConfig, config_to_dict
 from drt.train.curriculum import Curriculum, RunningTotals
-from drt.train.loss import needle_loss
+from drt.train.loss import TOTALS, needle_loss, needle_means
 
 Batch = dict[str, Tensor]
 MakeBatch = Callable[[int, StageConfig], Batch]
@@ -35,28 +35,174 @@ Validate = Callable[[PreTrainedModel], dict[str, float]]
 CallbackT = TypeVar("CallbackT", bound=TrainerCallback)
 
 
-class StepBatches(IterableDataset[Batch]):
-    """One ready batch a step, made when it is asked for."""
+class Batches(IterableDataset[Batch]):
+    """Ready batches from a generator, each made when it is asked for."""
 
-    def __init__(self, next_batch: Callable[[], Batch]) -> None:
-        self.next_batch = next_batch
+    def __init__(self, batches: Callable[[], Iterator[Batch]]) -> None:
+        self.batches = batches
 
     def __iter__(self) -> Iterator[Batch]:
-        while True:
-            yield self.next_batch()
+        return self.batches()
 
 
-class NeedleTrainer(Trainer):
+class RunTrainer(Trainer):
+    """What the trainers of all tasks have in common: schedule, totals, validation, and checkpoints kept safe.
+
+    Args:
+        config: the run.
+        model: a causal language model.
+        tokenizer: saved beside the model.
+        totals: names of the sums that `compute_loss` adds to the running totals.
+        validate: (model in eval mode) -> metrics with the key `score`; higher is better. None: no validation.
+        callbacks: further callbacks, after those that count.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        totals: Sequence[str],
+        validate: Validate | None,
+        callbacks: list[TrainerCallback],
+        args: TrainingArguments,
+    ) -> None:
+        self.config = config
+        self.validate = validate
+        self.causal_lm = model
+        if config.gradient_checkpointing:
+            # transformers 5.23 calls it by another name than 5.17, and warns of the old one.
+            enable = (
+                getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            )
+            enable()
+        super().__init__(
+            model=model,
+            args=args,
+            processing_class=tokenizer,
+            train_dataset=Batches(self.batches),
+            # The Trainer wants a data set before it validates; `evaluate` below makes its own samples.
+            eval_dataset=Batches(self.batches) if validate is not None else None,
+            callbacks=[RunningTotals(totals), *callbacks, FlowCallback()],
+        )
+        self.remove_callback(PrinterCallback)
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches from the step on that comes now, without end."""
+        raise NotImplementedError
+
+    def means(self, sums: dict[str, float]) -> dict[str, float]:
+        """What is logged of the sums since the last log; `loss` among it."""
+        raise NotImplementedError
+
+    def find_callback(self, kind: type[CallbackT]) -> CallbackT:
+        """The one callback of a class; restoring a checkpoint replaces the objects, so it is looked up."""
+        return next(item for item in self.callback_handler.callbacks if isinstance(item, kind))
+
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        """A loader that never runs ahead of the run's state and leaves the global random state alone."""
+        return DataLoader(Batches(self.batches), batch_size=None, generator=torch.Generator())
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weight decay is for matrices only."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
+        """Linear warm-up, then a cosine whose last step is `min_lr` exactly."""
+        if self.lr_scheduler is None:
+            factor = lr_factor(self.config.optimizer, num_training_steps)
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None  # the Trainer makes it first
+            self.lr_scheduler = LambdaLR(optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Replace the Trainer's mean loss by the running totals, which survive a restart."""
+        if "loss" in logs:
+            running = self.find_callback(RunningTotals)
+            sums, tokens_per_second = running.take(self.sum_over_processes)
+            means = self.means(sums)
+            if not math.isfinite(means["loss"]):
+                raise DRTError(
+                    f"the loss became {means['loss']} before step {self.state.global_step}; "
+                    f"a smaller optimizer.lr or dtype float32 may help"
+                )
+            logs = {
+                **means,
+                **self.speed(tokens_per_second * self.args.world_size),
+                "seconds": running.elapsed(),
+                "learning_rate": logs["learning_rate"],
+                "grad_norm": logs["grad_norm"],
+            }
+        super().log(logs)
+
+    def speed(self, tokens_per_second: float) -> dict[str, float]:
+        """How fast the run is, all processes together."""
+        return {"tokens_per_second": tokens_per_second}
+
+    def sum_over_processes(self, values: Tensor) -> Tensor:
+        """A tensor added up over all processes."""
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validation; its `score` selects the checkpoint."""
+        assert self.validate is not None
+        self.causal_lm.eval()
+        metrics = {f"eval_{name}": value for name, value in self.validate(self.causal_lm).items()}
+        self.causal_lm.train()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Not counted: walking over all parameters at every step costs more than it tells."""
+        return 0
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Save a checkpoint, mark it as whole, and only then delete what is neither the best nor the last.
+
+        Raises:
+            DRTError: it cannot be written: the disk is full, for one. What there is of it is deleted.
+        """
+        output_dir = Path(self.config.output_dir)
+        folder = checkpoint_folder(output_dir, self.state.global_step)
+        if is_complete(folder):
+            return
+        main = self.args.process_index == 0
+        self.find_callback(RunningTotals).merge(self.sum_over_processes, main)
+        with explained(folder):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if main:
+                mark_complete(folder)
+        if main:
+            best = self.state.best_global_step
+            delete_others(
+                output_dir, {folder} if best is None else {folder, checkpoint_folder(output_dir, best)}
+            )
+        self.accelerator.wait_for_everyone()
+
+    def save_now(self) -> None:
+        """Save a checkpoint of the last finished step."""
+        self._save_checkpoint(self.causal_lm)
+
+
+class NeedleTrainer(RunTrainer):
     """Trains on needle batches.
 
     Args:
         config: the run.
         model: a causal language model; `chunk_ends` is passed to its forward.
         tokenizer: saved beside the model.
-        make_batch: (step, stage) -> a batch as `needle_batch` makes it; must depend on nothing else.
+        make_batch: (step, stage) -> a batch as `BatchMaker` makes it; must depend on nothing else.
         validate: (model in eval mode) -> metrics with the key `score`; higher is better. None: no validation.
         callbacks: further callbacks.
     """
+
+    config: TrainConfig
 
     def __init__(
         self,
@@ -67,42 +213,26 @@ class NeedleTrainer(Trainer):
         validate: Validate | None,
         callbacks: list[TrainerCallback],
     ) -> None:
-        self.config = config
         self.make_batch = make_batch
-        self.validate = validate
         curriculum = Curriculum(config_to_dict(config)["curriculum"])
-        self.causal_lm = model
-        super().__init__(
-            model=model,
-            args=training_arguments(config, validate is not None),
-            processing_class=tokenizer,
-            train_dataset=StepBatches(self.next_batch),
-            # The Trainer wants a data set before it validates; `evaluate` below makes its own samples.
-            eval_dataset=StepBatches(self.next_batch) if validate is not None else None,
-            callbacks=[RunningTotals(), curriculum, FlowCallback(), *callbacks],
-        )
-        self.remove_callback(PrinterCallback)
+        args = training_arguments(config, validate is not None)
+        if args.world_size > 1:
+            raise DRTError(f"task needles: wanted one process, got {args.world_size}")
+        super().__init__(config, model, tokenizer, TOTALS, validate, [curriculum, *callbacks], args)
 
-    def find_callback(self, kind: type[CallbackT]) -> CallbackT:
-        """The one callback of a class; restoring a checkpoint replaces the objects, so it is looked up."""
-        return next(item for item in self.callback_handler.callbacks if isinstance(item, kind))
-
-    def next_batch(self) -> Batch:
-        """The batch of the step that comes now."""
-        stage = self.find_callback(Curriculum).current
-        self.causal_lm.config.gumbel_noise = stage.gumbel_noise
-        self._read_chunks(stage.retrieval_top_k)
-        return self.make_batch(self.state.global_step, stage)
+    def batches(self) -> Iterator[Batch]:
+        """One ready batch a step, made when it is asked for: the stage may have changed."""
+        while True:
+            stage = self.find_callback(Curriculum).current
+            self.causal_lm.config.gumbel_noise = stage.gumbel_noise
+            self._read_chunks(stage.retrieval_top_k)
+            yield self.make_batch(self.state.global_step, stage)
 
     def _read_chunks(self, top_k: int | None) -> None:
         """Let every group read so many chunks; None: as many as the configuration says."""
         for module in self.causal_lm.modules():
             if isinstance(module, Retriever):
                 module.top_k = top_k or self.causal_lm.config.retrieval_top_k
-
-    def get_train_dataloader(self) -> DataLoader[Batch]:
-        """A loader that never runs ahead of the curriculum and leaves the global random state alone."""
-        return DataLoader(StepBatches(self.next_batch), batch_size=None, generator=torch.Generator())
 
     def compute_loss(
         self,
@@ -124,67 +254,14 @@ class NeedleTrainer(Trainer):
         self.find_callback(RunningTotals).add(totals, inputs["input_ids"].numel())
         return (loss, outputs) if return_outputs else loss
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Weight decay is for matrices only."""
-        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
-        """Linear warm-up, then a cosine whose last step is `min_lr` exactly."""
-        if self.lr_scheduler is None:
-            factor = lr_factor(self.config.optimizer, num_training_steps)
-            optimizer = optimizer or self.optimizer
-            assert optimizer is not None  # the Trainer makes it first
-            self.lr_scheduler = LambdaLR(optimizer, factor)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Replace the Trainer's mean loss by the running totals, which survive a restart."""
-        if "loss" in logs:
-            stage = self.find_callback(Curriculum).stage
-            means = self.find_callback(RunningTotals).take()
-            if not math.isfinite(means["loss"]):
-                raise DRTError(
-                    f"the loss became {means['loss']} before step {self.state.global_step}; "
-                    f"a smaller optimizer.lr or dtype float32 may help"
-                )
-            logs = {
-                "stage": stage,
-                **means,
-                "learning_rate": logs["learning_rate"],
-                "grad_norm": logs["grad_norm"],
-            }
-        super().log(logs)
+    def means(self, sums: dict[str, float]) -> dict[str, float]:
+        """Losses and accuracies, and the stage they belong to."""
+        return {"stage": self.find_callback(Curriculum).stage, **needle_means(sums)}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Validation by generating answers; its `score` selects the checkpoint."""
-        assert self.validate is not None
-        self.causal_lm.eval()
+        """Validation by generating answers, with as many chunks as the configuration says."""
         self._read_chunks(None)
-        metrics = {f"eval_{name}": value for name, value in self.validate(self.causal_lm).items()}
-        self.causal_lm.train()
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def floating_point_ops(self, inputs: Batch) -> int:
-        """Not counted: walking over all parameters at every step costs more than it tells."""
-        return 0
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Save a checkpoint, mark it as whole, and only then delete what is neither the best nor the last."""
-        output_dir = Path(self.config.output_dir)
-        folder = checkpoint_folder(output_dir, self.state.global_step)
-        if is_complete(folder):
-            return
-        super()._save_checkpoint(model, trial)
-        mark_complete(folder)
-        best = self.state.best_global_step
-        delete_others(output_dir, {folder} if best is None else {folder, checkpoint_folder(output_dir, best)})
-
-    def save_now(self) -> None:
-        """Save a checkpoint of the last finished step."""
-        self._save_checkpoint(self.causal_lm)
+        return super().evaluate(*args, **kwargs)
 
 
 class FlowCallback(TrainerCallback):
@@ -218,8 +295,8 @@ def lr_factor(config: OptimizerConfig, max_steps: int) -> Callable[[int], float]
     return factor
 
 
-def training_arguments(config: TrainConfig, validate: bool) -> TrainingArguments:
-    """The Trainer's own settings for a run."""
+def training_arguments(config: RunConfig, validate: bool, **settings: Any) -> TrainingArguments:
+    """The Trainer's own settings for a run; `settings` are the task's own."""
     optimizer = config.optimizer
     args = TrainingArguments(
         output_dir=config.output_dir,
@@ -250,6 +327,7 @@ def training_arguments(config: TrainConfig, validate: bool) -> TrainingArguments
         disable_tqdm=True,
         log_level="error",
         use_cache=True,  # the Trainer writes this into the model's config, and the model is there to generate
+        **settings,
     )
     # Seeing several GPUs, the Trainer would split each batch over them with DataParallel: one process, one
     # GPU.

@@ -1,0 +1,238 @@
+"""Next-token prediction on a corpus: its batches, its loss and its validation."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from drt.data.corpus import TOKENIZER, Corpus, open_corpus, read_manifest
+from drt.data.sampling import WindowSampler
+from drt.data.tokenizer import fingerprint, load_tokenizer
+from drt.errors import DRTError
+from drt.models.flops import peak_flops, training_flops
+from drt.train.config import LanguageModelConfig
+from drt.train.curriculum import RunningTotals
+from drt.train.trainer import Batch, RunTrainer, training_arguments
+
+TOTALS = ("passes", "loss")
+
+
+def corpus_tokenizer(config: LanguageModelConfig) -> Any:
+    """The tokenizer of the run's corpus.
+
+    Raises:
+        DRTError: no corpus, or the tokenizer in it is not the one that it was made with.
+    """
+    manifest = read_manifest(config.data.corpus)
+    tokenizer = load_tokenizer(str(manifest.folder / TOKENIZER))
+    wanted, found = manifest.tokenizer["fingerprint"], fingerprint(tokenizer)
+    if found != wanted:
+        raise DRTError(
+            f"{manifest.folder / TOKENIZER} is not the tokenizer that the corpus was made with: wanted "
+            f"fingerprint {wanted[:12]}, got {found[:12]}"
+        )
+    return tokenizer
+
+
+def vocabulary_fields(config: LanguageModelConfig) -> dict[str, Any]:
+    """Fields of the model's configuration that follow from the corpus' tokenizer.
+
+    Raises:
+        DRTError: no corpus.
+    """
+    described = read_manifest(config.data.corpus).tokenizer
+    fields = {"vocab_size": described["vocab_size"]}
+    return (
+        fields if described["document_end"] is None else fields | {"eos_token_id": described["document_end"]}
+    )
+
+
+def next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of every token but the first of each row.
+
+    Args:
+        logits: (B, L, V), aligned with `input_ids`: row t predicts token t + 1.
+        input_ids: (B, L) int64.
+    """
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
+
+
+class LanguageModelTrainer(RunTrainer):
+    """Trains on rows of a corpus.
+
+    Args:
+        config: the run.
+        model: a causal language model.
+        tokenizer: of the corpus, saved beside the model.
+        callbacks: further callbacks.
+        check_interrupt: called between the passes of a validation; may raise KeyboardInterrupt.
+
+    Raises:
+        DRTError: the corpus is missing, damaged, of another tokenizer or shorter than one row; the rows of a step
+            cannot be shared evenly.
+    """
+
+    config: LanguageModelConfig
+
+    def __init__(
+        self,
+        config: LanguageModelConfig,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        callbacks: list[TrainerCallback],
+        check_interrupt: Callable[[], None] = lambda: None,
+    ) -> None:
+        data, made_with = config.data, fingerprint(tokenizer)
+        corpus = open_corpus(data.corpus, "train", fingerprint=made_with, verify=data.verify)
+        self.sampler = WindowSampler(
+            corpus, data.sequence_length, config.seed, inside_documents=data.inside_documents
+        )
+        args = training_arguments(config, bool(config.eval_every), **_sharding(config))
+        self.passes = args.gradient_accumulation_steps = config.passes_per_step(args.world_size)
+        validate = None
+        if config.eval_every:
+            held_out = open_corpus(data.corpus, "validation", fingerprint=made_with, verify=data.verify)
+            validate = CorpusValidation(
+                config, held_out, args.process_index, args.world_size, self._autocast, check_interrupt
+            )
+        super().__init__(config, model, tokenizer, TOTALS, validate, callbacks, args)
+        self._flops_per_token = training_flops(model, data.sequence_length)
+        if validate is not None:
+            validate.reduce = self.sum_over_processes
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return self.compute_loss_context_manager()
+
+    def batches(self) -> Iterator[Batch]:
+        """The rows of each pass; together all processes see the same rows of a step, whatever their number."""
+        step = self.state.global_step
+        world_size = self.args.world_size
+        rows = self.config.rows_per_step // self.passes
+        while True:
+            for number in range(step * self.passes, (step + 1) * self.passes):
+                ids = self.sampler.rows(number, rows, self.args.process_index, world_size)
+                yield {"input_ids": torch.from_numpy(ids)}
+            step += 1
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean loss of the pass; added to the running totals."""
+        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
+        loss = next_token_loss(outputs.logits, inputs["input_ids"])
+        totals = torch.stack([torch.ones_like(loss), loss]).detach().double()
+        self.find_callback(RunningTotals).add(totals, inputs["input_ids"].numel())
+        return (loss, outputs) if return_outputs else loss
+
+    def means(self, sums: dict[str, float]) -> dict[str, float]:
+        """The mean loss over all passes of all processes."""
+        return {"loss": sums["loss"] / sums["passes"]}
+
+    def speed(self, tokens_per_second: float) -> dict[str, float]:
+        """Tokens a second, and the share of the devices' peak (MFU) where that is known."""
+        speed = super().speed(tokens_per_second)
+        peak = peak_flops(self.args.device)
+        if self._flops_per_token is not None and peak is not None:
+            speed["mfu"] = tokens_per_second * self._flops_per_token / (peak * self.args.world_size)
+        return speed
+
+
+class CorpusValidation:
+    """Callable (model) -> metrics: `loss` in nats a token, `perplexity`, and `score`, the negative loss.
+
+    Rows are spread evenly over the validation split, and the same for every model.
+
+    Args:
+        config: the run.
+        corpus: the validation split.
+        rank, world_size: this process takes each `world_size`-th row.
+        autocast: context of the forward pass.
+        check_interrupt: called between two passes.
+
+    Raises:
+        DRTError: the split is shorter than one row, or the rows cannot be shared evenly.
+    """
+
+    def __init__(
+        self,
+        config: LanguageModelConfig,
+        corpus: Corpus,
+        rank: int,
+        world_size: int,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        check_interrupt: Callable[[], None],
+    ) -> None:
+        length, rows = config.data.sequence_length, config.data.validation_sequences
+        available = corpus.num_tokens // length
+        if available == 0:
+            raise DRTError(
+                f"{config.data.corpus}, validation: shorter than one sequence: wanted {length} tokens, "
+                f"it has {corpus.num_tokens}"
+            )
+        if rows % world_size:
+            raise DRTError(
+                f"data.validation_sequences: wanted a multiple of the {world_size} processes, got {rows}"
+            )
+        self.corpus = corpus
+        self.length = length
+        self.starts = [index * available // rows * length for index in range(rows)][rank::world_size]
+        self.rows_per_pass = config.rows_per_pass or max(1, config.rows_per_step // world_size)
+        self.autocast = autocast
+        self.check_interrupt = check_interrupt
+        self.reduce: Callable[[Tensor], Tensor] = lambda values: values
+
+    @torch.no_grad()
+    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
+        """The mean loss of a model in eval mode."""
+        device = next(model.parameters()).device
+        totals = torch.zeros(2, dtype=torch.float64, device=device)
+        for first in range(0, len(self.starts), self.rows_per_pass):
+            self.check_interrupt()
+            starts = self.starts[first : first + self.rows_per_pass]
+            rows = [self.corpus.tokens(start, start + self.length).astype("int64") for start in starts]
+            ids = torch.stack([torch.from_numpy(row) for row in rows]).to(device)
+            with self.autocast():
+                logits = model(input_ids=ids, use_cache=False).logits
+            totals += torch.stack([next_token_loss(logits, ids), torch.ones_like(totals[0])]).double() * len(
+                ids
+            )
+        loss, rows_seen = self.reduce(totals).tolist()
+        mean = loss / rows_seen
+        return {"score": -mean, "loss": mean, "perplexity": math.exp(min(mean, 700.0))}
+
+
+def _sharding(config: LanguageModelConfig) -> dict[str, Any]:
+    """The Trainer's settings for several processes.
+
+    Raises:
+        DRTError: one process has nothing to share a model with.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if config.sharding != "none":
+            raise DRTError(
+                f"sharding: {config.sharding} wants several processes, as torchrun starts them; got one"
+            )
+        return {}
+    settings: dict[str, Any] = {"ddp_find_unused_parameters": False}
+    if config.device == "cpu":
+        settings["ddp_backend"] = "gloo"
+    if config.sharding == "fsdp":
+        settings["fsdp"] = True
+        settings["fsdp_config"] = {
+            "fsdp_version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "state_dict_type": "FULL_STATE_DICT",
+        }
+    return settings
