@@ -175,6 +175,14 @@ class Archive:
         text = self._files.text(document.text_start + start, document.text_start + stop)
         return ChunkSource(document, start, stop, text)
 
+    def text(self, document: Document, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a document; a few megabytes at a time are wanted.
+
+        Raises:
+            DRTError: they are damaged.
+        """
+        return self._files.text(document.text_start + start, document.text_start + stop)
+
     def store(self) -> ArchiveStore:
         """The chunks as a store of one row. What is appended to it stays in this process's memory."""
         return ArchiveStore(

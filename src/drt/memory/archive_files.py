@@ -126,10 +126,11 @@ class ArchiveFiles:
         return self.files[INDICES].read(chunks).numpy().view(INDEX).reshape(-1)
 
     def text(self, first: int, last: int) -> bytes:
-        """Bytes [first, last) of all documents' text, which lie in one or two neighbouring segments."""
+        """Bytes [first, last) of all documents' text."""
         if first == last:
             return b""
-        self.check(TEXT, (first, last - 1))
+        low = bisect_right(self._text_starts, first) - 1
+        self.check(TEXT, (first, *takewhile(lambda start: start < last, self._text_starts[low:])))
         return self.files[TEXT].read_range(first, last).numpy().tobytes()
 
     def landmarks(self, first: int, last: int) -> Tensor:

@@ -18,7 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from drt.errors import DRTError
-from drt.memory.archive import JOURNAL, MANIFEST, Archive, ArchiveStore
+from drt.memory.archive import JOURNAL, MANIFEST, Archive, ArchiveStore, Document
 from drt.memory.archive_files import CHUNKS, INDEX, INDICES, LANDMARKS, TEXT, ArchiveFiles, ArchivePage
 from drt.memory.chunk_codec import Fields, pack
 from drt.memory.manifest import DATA_FILES, ArchiveDescription, DocumentPart, Manifest, Point, Segment
@@ -120,6 +120,13 @@ class ArchiveWriter(Archive):
     def store(self) -> ArchiveStore:
         """The chunks as a store of one row; what is appended to it goes to the files."""
         return ArchiveStore(_GrowingPage(self), self.num_chunks, self.description.dtype)
+
+    @property
+    def unfinished_documents(self) -> list[Document]:
+        """The documents of a build or append that has not come to its end."""
+        finished = self._manifest.finished
+        chunks = 0 if finished is None else finished.chunks
+        return [document for document in self._documents if document.first_chunk >= chunks]
 
     def begin_document(self, name: str) -> None:
         """What is appended from now on is a new document's.

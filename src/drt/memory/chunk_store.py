@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
+
+from drt.memory.landmark_index import LandmarkIndex
 
 
 class GatheredChunks(NamedTuple):
@@ -48,8 +49,8 @@ class ChunkStore(Protocol):
         """Read chunks by index. chunk_indices: (B, N, K), -1 for an empty slot (its content is zeros)."""
         ...
 
-    def landmark_blocks(self) -> Sequence[Tensor]:
-        """Landmarks in order as blocks (B, n_i, H); a row's slots past its count hold anything finite."""
+    def landmark_blocks(self) -> LandmarkIndex:
+        """Landmarks in order as blocks (B, n_i, H), read as they are asked for; slots past a row's count are finite."""
         ...
 
     def select_rows(self, rows: Tensor) -> None:

@@ -44,12 +44,15 @@ class LandmarkIndex(Sequence[Tensor]):
     Args:
         pages: of the store, in order.
         counts: (B,) chunks that each row holds.
+
+    Attributes:
+        num_landmarks: of the longest row.
     """
 
     def __init__(self, pages: Sequence[PlacedPage[LandmarkPage]], counts: Tensor) -> None:
         self._pages = pages
         self._batch_size = len(counts)
-        held = int(counts.max()) if len(counts) else 0
+        self.num_landmarks = held = int(counts.max()) if len(counts) else 0
         ends = [placed.start for placed in pages[1:]] + [held]
         self._blocks = [
             (placed, *slots)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from drt.errors import DRTError
 from drt.layers.grouped_cross_attention import RetrievedMemory
-from drt.memory import ChunkStore, DeviceStore
+from drt.memory import Archive, ArchiveDescription, ArchiveWriter, ChunkStore, DeviceStore
 from drt.models.drt.chunk_layout import ChunkLayout
 from drt.models.drt.configuration_drt import DRTConfig
+from drt.models.drt.fingerprint import model_fingerprint
+
+SAVED_AT_ONCE = 1024  # chunks
 
 
 class WindowCacheLayer(CacheLayerMixin):
@@ -63,6 +69,11 @@ class WindowCacheLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    def forget(self) -> None:
+        """Hold nothing."""
+        self.keys = self.values = self.held = self.row_lengths = None
+        self.is_initialized = False
+
     def select_rows(self, rows: Tensor) -> None:
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[rows], self.values[rows]
@@ -99,6 +110,119 @@ class DRTCache(Cache):
         self.open_lengths: Tensor | None = None  # (B,) on the CPU
         self.closed_counts: Tensor | None = None  # (B,) on the CPU: chunks closed so far
         self.selections: list[RetrievedMemory | None] = [None] * config.num_groups
+        self.archive: Archive | None = None  # where the chunk memory was opened from
+
+    @classmethod
+    def open(cls, archive: Archive | Path | str, model: PreTrainedModel) -> Self:
+        """Go on where the text of an archive ends: the next tokens follow its last.
+
+        ``seen_tokens`` begins at 0: `generate` wants the new tokens only. What is read stays in memory, and any number
+        of rows may be made of the one with `select_rows`, unless the archive was opened for writing.
+
+        Args:
+            archive: open, or its folder.
+            model: the one that made it.
+
+        Raises:
+            DRTError: made by another model, or not finished; what `Archive.open` raises.
+        """
+        archive = archive if isinstance(archive, Archive) else Archive.open(archive)
+        archive.check(model_fingerprint=model_fingerprint(model))
+        if not archive.finished and isinstance(archive, ArchiveWriter):
+            raise DRTError(f"{archive.path} is not finished: finish its build before asking")
+        cache = cls(cast(DRTConfig, model.config), archive.store())
+        cache.archive = archive
+        cache.load_state(archive.state(), model.device, model.dtype)
+        return cache
+
+    def save(self, path: Path | str | None = None, description: ArchiveDescription | None = None) -> None:
+        """Keep everything read so far in an archive.
+
+        Args:
+            path: folder of a new archive. ``None``: the archive that the cache was opened from, for writing.
+            description: of the new archive, see `describe_archive`; chunks are rounded to its dtype. A text is not
+                kept: the cache does not know it.
+
+        Raises:
+            ValueError: more than one row, nothing read, or arguments that do not fit how the cache was opened.
+            DRTError: what writing raises.
+        """
+        if self._batch_size() != 1:
+            raise ValueError(
+                f"an archive holds one row, this cache {self._batch_size()}: choose one with select_rows"
+            )
+        if path is None:
+            if not isinstance(self.archive, ArchiveWriter):
+                raise ValueError(
+                    "a path is wanted: this cache was not opened from an archive opened for writing"
+                )
+            self.archive.commit(self.state(), finished=True)
+            return
+        if description is None:
+            raise ValueError("a new archive wants a description; see describe_archive")
+        with ArchiveWriter.create(path, description) as writer:
+            writer.begin_document("")
+            store, count = writer.store(), int(self.store.counts[0]) if len(self.store.counts) else 0
+            for first in range(0, count, SAVED_AT_ONCE):
+                chunks = torch.arange(first, min(first + SAVED_AT_ONCE, count)).view(1, 1, -1)
+                keys, values, lengths = (part[:, 0] for part in self.store.gather(chunks.to(self._device())))
+                landmarks = self.store.landmark_blocks().read(chunks.to(self._device()))[:, 0]
+                store.append(keys, values, landmarks, lengths, torch.tensor([chunks.shape[2]]))
+            writer.end_document()
+            writer.commit(self.state(), finished=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything but the chunk memory, of one row, as named tensors on the CPU."""
+        tensors: dict[str, Tensor | None] = {
+            "open_states": self.open_states,
+            "open_ids": self.open_ids,
+            "open_lengths": self.open_lengths,
+            "closed_counts": self.closed_counts,
+        }
+        for number, layer in enumerate(self.layers):
+            if layer.keys is not None and layer.values is not None:
+                first = 0 if layer.held is None else layer.keys.shape[1] - int(layer.held[0])
+                tensors |= {f"layer.{number}.keys": layer.keys[:, first:]}
+                tensors |= {f"layer.{number}.values": layer.values[:, first:]}
+        for group, selection in enumerate(self.selections):
+            if selection is not None:
+                tensors |= {f"selection.{group}.{name}": x for name, x in selection._asdict().items()}
+        return {name: x.detach().cpu().contiguous() for name, x in tensors.items() if x is not None}
+
+    def load_state(self, state: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+        """Take what `state` gave, of any device and precision."""
+
+        def place(name: str) -> Tensor:
+            return state[name].to(device, dtype if state[name].is_floating_point() else None)
+
+        self.open_states = place("open_states") if "open_states" in state else None
+        self.open_ids = place("open_ids") if "open_ids" in state else None
+        self.open_lengths, self.closed_counts = state.get("open_lengths"), state.get("closed_counts")
+        for number, layer in enumerate(self.layers):
+            layer.forget()
+            if f"layer.{number}.keys" in state:
+                keys, values = place(f"layer.{number}.keys"), place(f"layer.{number}.values")
+                layer.lazy_initialization(keys, values)
+                layer.keys, layer.values = keys, values
+        for group in range(len(self.selections)):
+            if f"selection.{group}.keys" in state:
+                names = [f"selection.{group}.{name}" for name in RetrievedMemory._fields]
+                # the weights stay in float32
+                tensors = [*map(place, names[:-1]), state[names[-1]].to(device)]
+                self.selections[group] = RetrievedMemory._make(tensors)
+
+    def begin_text(self) -> None:
+        """The next token begins another text: it sees none of the last one but by retrieval."""
+        for layer in self.layers:
+            layer.forget()
+        self.open_states = self.open_ids = self.open_lengths = None
+        self.selections = [None] * len(self.selections)
+
+    def drop_upper(self) -> None:
+        """Forget the upper decoder's state; a pass over as much as it reaches back makes it anew."""
+        for layer in self.layers[self.num_lower_layers :]:
+            layer.forget()
+        self.selections = [None] * len(self.selections)
 
     def begin(self, layout: ChunkLayout) -> None:
         """Tell the window layers how long each row of the coming pass is."""
@@ -163,12 +287,14 @@ class DRTCache(Cache):
     def reset(self) -> None:
         """Forget everything; the next pass starts a new text."""
         for layer in self.layers:
-            layer.keys = layer.values = layer.held = layer.row_lengths = None
-            layer.is_initialized = False
+            layer.forget()
         self.store.clear()
         self.seen_tokens = 0
         self.open_states = self.open_ids = self.open_lengths = self.closed_counts = None
         self.selections = [None] * len(self.selections)
+
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self.open_states is None else self.open_states.device
 
     def _batch_size(self) -> int:
         return 0 if self.open_lengths is None else len(self.open_lengths)

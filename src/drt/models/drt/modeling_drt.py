@@ -221,7 +221,7 @@ class DRTModel(DRTPreTrainedModel):
             landmark_predicts=self.config.landmark_predicts,
             attention_mask=mask,
             chunk_ends=chunk_ends,
-            open_lengths=None if cache is None or cache.seen_tokens == 0 else cache.open_lengths,
+            open_lengths=None if cache is None else cache.open_lengths,
             kept=states_to_keep or None,
             reach=upper_reach(self.config, states_to_keep) if only_read else None,
             device=source.device,
@@ -251,11 +251,48 @@ class DRTModel(DRTPreTrainedModel):
             else None,
         )
 
+    @torch.no_grad()
+    def remember(self, input_ids: Tensor, cache: DRTCache, chunk_ends: Tensor | None = None) -> None:
+        """Read tokens into a cache's chunk memory without the upper decoder, which the memory does not need.
+
+        The cost of a token is that of the lower decoder and the encoder, whatever was read before. The upper decoder's
+        state is dropped: before anything is predicted, a pass over `upper_reach` positions at least (with
+        ``states_to_keep`` or without) has to make it anew.
+
+        Args:
+            input_ids: (B, L) int64.
+            cache: the decoding state.
+            chunk_ends: (B, L) bool: close the open chunk after this token.
+
+        Raises:
+            ValueError: for input that cannot be laid out.
+        """
+        check_inputs(self.config, input_ids, None, None, chunk_ends, cache)
+        batch_size, length = input_ids.shape
+        layout = build_chunk_layout(
+            batch_size,
+            length,
+            self.config.chunk_size,
+            landmark_predicts=self.config.landmark_predicts,
+            chunk_ends=chunk_ends,
+            open_lengths=cache.open_lengths,
+            kept=1,
+            reach=1,
+            device=input_ids.device,
+        )
+        cache.begin(layout)
+        hidden_states = self._embed(input_ids, layout)
+        for layer, state in zip(self.lower_layers, cache.layers, strict=False):
+            hidden_states = layer(hidden_states, state)
+        self._remember(input_ids, hidden_states, layout, cache)
+        cache.finish(layout, length)
+        cache.drop_upper()
+
     def _cache(self, past_key_values: DRTCache | None, use_cache: bool | None) -> DRTCache | None:
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not torch.is_grad_enabled())
         if not use_cache:
-            if past_key_values is not None and past_key_values.seen_tokens:
+            if past_key_values is not None and past_key_values.open_lengths is not None:
                 raise ValueError("use_cache=False cannot continue from past_key_values that hold a text")
             return None
         if torch.is_grad_enabled():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,23 @@ class RetrievedChunks(NamedTuple):
     scores: Tensor
 
 
+class LandmarkSource(Protocol):
+    """Blocks of landmarks; a sequence that is one (`drt.memory.LandmarkIndex`) is read block by block."""
+
+    @property
+    def num_landmarks(self) -> int:
+        """Of the longest row."""
+        ...
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Blocks (B, n_i, H) in order."""
+        ...
+
+    def read(self, chunk_indices: Tensor) -> Tensor:
+        """Landmarks (B, N, K, H) of chunks (B, N, K)."""
+        ...
+
+
 def retrieve_chunks(
     query: Tensor,
     landmarks: Tensor | Sequence[Tensor],
@@ -45,7 +62,7 @@ def retrieve_chunks(
 
     Args:
         query: (B, N, H).
-        landmarks: (B, C, H), or blocks (B, C_i, H) of them in order.
+        landmarks: (B, C, H), or blocks (B, C_i, H) of them in order, which may be read as they are asked for.
         visible: (B, N) int, the number of leading chunks each query may see.
         top_k: slots K.
         scale: factor of the scores, a float or a 0-d tensor; default H^-0.5.
@@ -56,13 +73,13 @@ def retrieve_chunks(
         ValueError: shapes that do not fit or top_k below 1. What visible holds is checked on the CPU; elsewhere
             looking would stall the device.
     """
-    blocks = [landmarks] if isinstance(landmarks, Tensor) else list(landmarks)
+    blocks = _as_source(landmarks)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     chunk_indices = select_chunks(
-        query, blocks, visible, top_k=top_k, scale=scale, gumbel=gumbel, generator=generator
+        query, landmarks, visible, top_k=top_k, scale=scale, gumbel=gumbel, generator=generator
     )
     empty = chunk_indices < 0
-    chosen = _gather_landmarks(blocks, chunk_indices.clamp_min(0), query)
+    chosen = _chosen_landmarks(blocks, chunk_indices, query)
     with torch.autocast(query.device.type, enabled=False):  # it would round the scores to 16 bits
         scores = torch.einsum("bnh,bnkh->bnk", query.float(), chosen.float()) * scale
     scores = scores.masked_fill(empty, -torch.inf)
@@ -87,7 +104,7 @@ def select_chunks(
     Scores are computed in float32, a block of queries by a block of landmarks at a time; a running top-k is kept.
     On a GPU nothing here makes the host wait.
     """
-    blocks = [landmarks] if isinstance(landmarks, Tensor) else list(landmarks)
+    blocks = _as_source(landmarks)
     _validate(query, blocks, visible, top_k)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     step = QUERY_BLOCK if query.device.type == "cpu" else QUERY_BLOCK_GPU
@@ -103,7 +120,7 @@ def select_chunks(
 
 def _select_block(
     query: Tensor,
-    blocks: list[Tensor],
+    blocks: LandmarkSource,
     visible: Tensor,
     top_k: int,
     scale: float | Tensor,
@@ -113,7 +130,7 @@ def _select_block(
     best = query.new_full((*query.shape[:2], top_k), -torch.inf, dtype=torch.float32)
     indices = torch.full(best.shape, -1, device=query.device)
     looking = _may_look(visible)
-    sees_most, sees_least = sum(block.shape[1] for block in blocks), 0
+    sees_most, sees_least = blocks.num_landmarks, 0
     if looking:
         sees_most, sees_least = int(visible.max()), int(visible.min())
     for first, landmarks in _columns(blocks, sees_most):
@@ -142,10 +159,10 @@ def _scores(query: Tensor, landmarks: Tensor, scale: float | Tensor) -> Tensor:
     """(B, n, c) float32; a GPU multiplies 16-bit landmarks as they are, exactly, instead of a float32 copy of them."""
     if query.device.type == "cuda" and query.dtype == landmarks.dtype != torch.float32:
         return torch.bmm(query, landmarks.mT, out_dtype=torch.float32) * scale
-    return (query.float() * scale) @ landmarks.float().mT
+    return (query.float() * scale) @ landmarks.to(query.device).float().mT
 
 
-def _columns(blocks: list[Tensor], sees_most: int) -> Iterator[tuple[int, Tensor]]:
+def _columns(blocks: LandmarkSource, sees_most: int) -> Iterator[tuple[int, Tensor]]:
     """(index of the first, landmarks) of pieces of bounded size, as far as any query sees."""
     offset = 0
     for block in blocks:
@@ -154,38 +171,72 @@ def _columns(blocks: list[Tensor], sees_most: int) -> Iterator[tuple[int, Tensor
         for first in range(0, held, step):
             yield offset + first, block[:, first : min(first + step, held)]
         offset += block.shape[1]
+        if offset >= sees_most:  # the next block need not be read
+            break
 
 
-def _gather_landmarks(blocks: list[Tensor], chunk_indices: Tensor, query: Tensor) -> Tensor:
-    """(B, N, K, H) landmarks at (B, N, K) indices."""
-    rows = torch.arange(chunk_indices.shape[0], device=query.device).view(-1, 1, 1)
-    if len(blocks) == 1 and blocks[0].shape[1]:
-        return blocks[0][rows, chunk_indices]
-    chosen = query.new_zeros(*chunk_indices.shape, query.shape[-1])
-    offset = 0
-    for block in blocks:
-        inside = (chunk_indices >= offset) & (chunk_indices < offset + block.shape[1])
-        row, at, slot = inside.nonzero(as_tuple=True)
-        if len(row):
-            chosen = chosen.index_put(
-                (row, at, slot), block[row, chunk_indices[row, at, slot] - offset].to(chosen)
-            )
-        offset += block.shape[1]
-    return chosen
+class _Blocks:
+    """Landmarks at hand as a `LandmarkSource`."""
+
+    def __init__(self, blocks: Sequence[Tensor]) -> None:
+        self.blocks = blocks
+
+    @property
+    def num_landmarks(self) -> int:
+        return sum(block.shape[1] for block in self.blocks)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.blocks)
+
+    def read(self, chunk_indices: Tensor) -> Tensor:
+        rows = torch.arange(chunk_indices.shape[0], device=chunk_indices.device).view(-1, 1, 1)
+        if len(self.blocks) == 1:
+            return self.blocks[0][rows, chunk_indices]
+        chosen = self.blocks[0].new_zeros(*chunk_indices.shape, self.blocks[0].shape[-1])
+        offset = 0
+        for block in self.blocks:
+            inside = (chunk_indices >= offset) & (chunk_indices < offset + block.shape[1])
+            row, at, slot = inside.nonzero(as_tuple=True)
+            if len(row):
+                chosen = chosen.index_put(
+                    (row, at, slot), block[row, chunk_indices[row, at, slot] - offset].to(chosen)
+                )
+            offset += block.shape[1]
+        return chosen
+
+    def validate(self, query: Tensor) -> None:
+        """Raise ValueError for a block of another shape."""
+        for block in self.blocks:
+            if block.dim() != 3 or block.shape[0] != query.shape[0] or block.shape[2] != query.shape[2]:
+                raise ValueError(
+                    f"landmarks must be ({query.shape[0]}, C, {query.shape[2]}), got {tuple(block.shape)}"
+                )
 
 
-def _validate(query: Tensor, blocks: list[Tensor], visible: Tensor, top_k: int) -> None:
+def _as_source(landmarks: Tensor | Sequence[Tensor]) -> LandmarkSource:
+    if isinstance(landmarks, Tensor):
+        return _Blocks([landmarks])
+    return (
+        _Blocks(list(landmarks)) if isinstance(landmarks, list | tuple) else cast(LandmarkSource, landmarks)
+    )
+
+
+def _chosen_landmarks(blocks: LandmarkSource, chunk_indices: Tensor, query: Tensor) -> Tensor:
+    """(B, N, K, H) landmarks at (B, N, K) indices; anything at empty slots."""
+    if blocks.num_landmarks == 0:
+        return query.new_zeros(*chunk_indices.shape, query.shape[-1])
+    return blocks.read(chunk_indices.clamp_min(0)).to(query.device)
+
+
+def _validate(query: Tensor, blocks: LandmarkSource, visible: Tensor, top_k: int) -> None:
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if query.dim() != 3 or visible.shape != query.shape[:2]:
         raise ValueError(
             f"query must be (B, N, H) and visible (B, N), got {tuple(query.shape)} and {tuple(visible.shape)}"
         )
-    for block in blocks:
-        if block.dim() != 3 or block.shape[0] != query.shape[0] or block.shape[2] != query.shape[2]:
-            raise ValueError(
-                f"landmarks must be ({query.shape[0]}, C, {query.shape[2]}), got {tuple(block.shape)}"
-            )
-    held = sum(block.shape[1] for block in blocks)
+    if isinstance(blocks, _Blocks):
+        blocks.validate(query)
+    held = blocks.num_landmarks
     if visible.numel() and _may_look(visible) and (int(visible.min()) < 0 or int(visible.max()) > held):
         raise ValueError(f"visible must lie in [0, {held}], got {int(visible.min())} to {int(visible.max())}")

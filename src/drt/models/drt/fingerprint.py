@@ -1,0 +1,33 @@
+"""Fingerprints of a model and of a tokenizer: what an archive was made by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_PROBE = "".join(map(chr, range(32, 127))) + "\n\té€😀 the quick brown fox 0123456789"
+# What does not change what a model computes.
+_IGNORED = ("transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "_name_or_path")
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256, in hexadecimal, of a model's configuration and weights.
+
+    Weights are rounded to bfloat16 first: a model and its copy in half precision have the same fingerprint.
+    """
+    settings = {name: value for name, value in model.config.to_dict().items() if name not in _IGNORED}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        rounded = weight.detach().to(torch.bfloat16).cpu().contiguous()
+        digest.update(rounded.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256, in hexadecimal, of a tokenizer's vocabulary and of how it encodes a text of many kinds of characters."""
+    known = [sorted(tokenizer.get_vocab().items()), tokenizer.encode(_PROBE, add_special_tokens=False)]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
