@@ -37,7 +37,7 @@ def check_inputs(
             f"the input must be (batch, length) tokens with both at least 1, got {tuple(given.shape)}"
         )
     shape = (given.shape[0], given.shape[1])
-    if input_ids is not None:
+    if input_ids is not None and input_ids.device.type == "cpu":  # elsewhere looking would stall the device
         lowest, highest = (int(bound) for bound in input_ids.aminmax())
         if lowest < 0 or highest >= vocab_size:
             raise ValueError(f"token ids must lie in [0, {vocab_size}), got {lowest} to {highest}")

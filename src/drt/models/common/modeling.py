@@ -14,6 +14,7 @@ from transformers.utils.generic import ModelOutput
 from drt.models.common.cache import DecoderCache
 from drt.models.common.configuration import DecoderConfig
 from drt.models.common.inputs import check_cache, check_inputs, check_labels
+from drt.models.common.loss import causal_loss, needs_no_logits
 from drt.models.common.rows import PackedRows, pack_rows
 from drt.ops.window_attention import alibi_slopes
 
@@ -99,6 +100,8 @@ class DecoderGenerationMixin(GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Token ids to logits (B, L, V) and a loss.
 
+        In a training step with ``labels`` the loss is made without logits, and ``logits`` is ``None``.
+
         Args:
             input_ids: (B, L) int64.
             attention_mask: (B, L) or (B, past + L), zeros only at the left: left padding.
@@ -124,10 +127,14 @@ class DecoderGenerationMixin(GenerationMixin):
             chunk_ends=chunk_ends,
             use_cache=use_cache,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
+        states = outputs.last_hidden_state
+        logits = loss = None
+        if labels is not None and needs_no_logits(self, self.lm_head, labels, logits_to_keep):  # type: ignore[arg-type]
+            loss = causal_loss(self.lm_head, states, labels, **kwargs)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(states[:, kept])
+        if labels is not None and logits is not None:
             loss = self.loss_function(  # type: ignore[attr-defined]  # of PreTrainedModel
                 logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs
             )

@@ -14,6 +14,8 @@ prefill exit early for the same reason; there the upper half has no state of its
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,8 @@ class UpperLayout:
         closed_counts: (B,) landmarks among the positions (on the CPU); N is the largest.
         skipped_chunks: (B,) chunks that close in this pass before the first position (on the CPU).
         landmark_index: (B, N) flat index of each of those landmarks.
+        chunks_before: (B, N) chunks that close in this pass before each of those landmarks' own, -1 where a row has
+            fewer landmarks than N.
         block_size: query slots per selection, the longest run of positions that share one.
         block_index: (B, (N + 1) * block_size) flat index of each query slot, -1 for an empty slot. Block 0 is served
             by the selection carried from earlier passes, block n + 1 by that of landmark n.
@@ -47,6 +51,7 @@ class UpperLayout:
     closed_counts: Tensor
     skipped_chunks: Tensor
     landmark_index: Tensor
+    chunks_before: Tensor
     block_size: int
     block_index: Tensor
     block_inverse: Tensor
@@ -130,6 +135,24 @@ def build_chunk_layout(
         reach: positions at the end of each row that the upper decoder shall run over; ``None``: all.
         device: where the indices shall lie.
     """
+    given = (attention_mask, chunk_ends, open_lengths, kept, reach)
+    make = _plain_layout if all(x is None for x in given) else _layout
+    return make(batch_size, length, chunk_size, landmark_predicts, *given, torch.device(device))
+
+
+def _layout(
+    batch_size: int,
+    length: int,
+    chunk_size: int,
+    landmark_predicts: bool,
+    attention_mask: Tensor | None,
+    chunk_ends: Tensor | None,
+    open_lengths: Tensor | None,
+    kept: int | None,
+    reach: int | None,
+    device: torch.device,
+) -> ChunkLayout:
+    """`build_chunk_layout`, computed anew."""
     rows = torch.arange(batch_size).unsqueeze(1)
     is_token = (
         torch.ones(batch_size, length, dtype=torch.bool)
@@ -191,6 +214,13 @@ def build_chunk_layout(
         full=bool((chunk_lengths == chunk_size).all()),
         upper=upper,
     )
+
+
+@lru_cache(maxsize=4)
+def _plain_layout(*arguments: Any) -> ChunkLayout:
+    """The layout of whole rows, the same in every step of training on plain text: made, and brought there, once."""
+    with torch.inference_mode(False):  # a tensor made in inference mode could serve no training step
+        return _layout(*arguments)
 
 
 def _close_chunks(
@@ -256,6 +286,8 @@ def _upper(
     landmark_index = torch.zeros(batch_size, int(closed_counts.max()), dtype=torch.long)
     landmark_index[row, landmark] = row * width + position
     selection = torch.where(selection < 0, -1, selection - skipped.unsqueeze(1))
+    number = torch.arange(landmark_index.shape[1])
+    chunks_before = torch.where(number < closed_counts.unsqueeze(1), skipped.unsqueeze(1) + number, -1)
     block_size, block_index, block_inverse = _blocks(selection, landmark_index.shape[1])
     return UpperLayout(
         index=index,
@@ -264,6 +296,7 @@ def _upper(
         closed_counts=closed_counts,
         skipped_chunks=skipped,
         landmark_index=landmark_index.to(device),
+        chunks_before=chunks_before.to(device),
         block_size=block_size,
         block_index=block_index.to(device),
         block_inverse=block_inverse.to(device),

@@ -35,16 +35,15 @@ class ChunkMemory:
         self.keys, self.values, self.landmarks = keys, values, landmarks
         self.layout = layout
         self.cache = cache
-        upper = layout.upper
-        chunk = torch.arange(upper.landmark_index.shape[1])
-        visible = upper.skipped_chunks.unsqueeze(1) + chunk
+        # On the device from the start: to bring numbers there makes the host wait for all that is queued.
+        visible = layout.upper.chunks_before
+        closes = visible >= 0
         if cache is not None:
             if cache.closed_counts is not None:
-                visible = visible + cache.closed_counts.unsqueeze(1)
+                visible = visible + cache.closed_counts.to(visible.device).unsqueeze(1)
             if landmarks.shape[1]:
                 cache.store.append(keys, values, landmarks, layout.chunk_lengths, layout.closed_counts)
-        closes = chunk < upper.closed_counts.unsqueeze(1)
-        self.visible = torch.where(closes, visible, 0).to(landmarks.device)
+        self.visible = torch.where(closes, visible, 0)
 
     def retrieve(
         self, group: int, retriever: Retriever | FixedRetriever, hidden_states: Tensor, gumbel: bool

@@ -23,6 +23,7 @@ from drt.layers.grouped_cross_attention import GroupedCrossAttention, RetrievedM
 from drt.layers.mlp import SwiGLU
 from drt.layers.retriever import Retriever
 from drt.layers.window_attention import WindowAttention, WindowState
+from drt.models.common.loss import causal_loss, needs_no_logits
 from drt.models.drt.cache_drt import DRTCache
 from drt.models.drt.chunk_layout import ChunkLayout, build_chunk_layout, upper_reach
 from drt.models.drt.configuration_drt import DRTConfig
@@ -403,6 +404,8 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
     ) -> DRTCausalLMOutput:
         """As `DRTModel.forward`, with logits (B, L, V) and a loss.
 
+        In a training step with ``labels`` the loss is made without logits, and ``logits`` is ``None``.
+
         Args:
             labels: (B, L) token ids aligned with ``input_ids`` (shifted inside), -100 where nothing is scored.
             logits_to_keep: logits of the last n positions only (0: all), or of the positions in a tensor. With n >= 1
@@ -422,10 +425,14 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
             output_retrieval=output_retrieval,
             states_to_keep=logits_to_keep if isinstance(logits_to_keep, int) else 0,
         )
-        kept = slice(None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
+        states = outputs.last_hidden_state
+        logits = loss = None
+        if labels is not None and needs_no_logits(self, self.lm_head, labels, logits_to_keep):
+            loss = causal_loss(self.lm_head, states, labels, **kwargs)
+        else:
+            kept = slice(None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(states[:, kept])
+        if labels is not None and logits is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )

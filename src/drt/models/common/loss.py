@@ -1,0 +1,41 @@
+"""The training loss of a language-modelling head, without the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from drt.ops.linear_cross_entropy import linear_cross_entropy
+
+
+def needs_no_logits(module: nn.Module, head: nn.Module, labels: Tensor | None, logits_to_keep: Any) -> bool:
+    """Whether a training step wants the loss alone, of a head that nothing (an adapter, say) has wrapped."""
+    training = module.training and torch.is_grad_enabled()
+    whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+    return labels is not None and training and whole and type(head) is nn.Linear
+
+
+def causal_loss(
+    head: nn.Linear,
+    states: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """What the library's causal loss gives for the head's logits, 0-d float32.
+
+    Args:
+        head: without bias.
+        states: (B, L, H), aligned with ``labels``.
+        labels: (B, L) token ids, shifted here; -100 where nothing is scored.
+        num_items_in_batch: divides the sum instead of the count of scored tokens: of a batch in several parts.
+        kwargs: what else the library's loss takes and does not need here.
+    """
+    targets = pad(labels, (0, 1), value=-100)[:, 1:]
+    divisor = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+    if divisor is not None:
+        divisor = divisor.to(states.device)
+    return linear_cross_entropy(states.flatten(0, 1), head.weight, targets.flatten(), divisor=divisor)
