@@ -66,3 +66,24 @@ def refuses(drt: Drt) -> Callable[..., str]:
         return result.stderr.removeprefix("error: ").strip()
 
     return run
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    """A text of 1,000 bytes, some of them in characters of several."""
+    path = tmp_path / "book.txt"
+    words = (f"word {number} of été, " for number in range(100))
+    path.write_bytes("".join(words).encode()[:1000].decode(errors="ignore").encode())
+    return path
+
+
+@pytest.fixture
+def build(drt: Drt, checkpoint: Path) -> Callable[..., Result]:
+    """Runs `drt memory build ARGUMENTS` with the tiny checkpoint; must succeed."""
+
+    def run(*arguments: object) -> Result:
+        result = drt("memory", "build", "--checkpoint", checkpoint, "--device", "cpu", *arguments)
+        assert result.exit_code == 0, result.output
+        return result
+
+    return run

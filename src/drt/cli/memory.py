@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +31,7 @@ DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a
 
 NOT_WHOLE = 1  # exit code of verify
 DTYPES = ("bfloat16", "float32", "float16", "int8")
+BLOCK_BYTES = 2**24  # read at a time
 NAMES = 3  # documents named in one message
 
 
@@ -165,18 +167,38 @@ def verify(folder: FolderArgument) -> None:
 
 
 def check_files(files: Sequence[Path]) -> None:
-    """Make sure that every file can be read before hours go into the first.
+    """Make sure that every file is a text before hours go into the first.
 
     Raises:
-        DRTError: an empty file, or one that is named twice.
+        DRTError: an empty file, one that is not UTF-8, one that is named twice, a pipe.
         OSError: one that cannot be read.
     """
     for number, path in enumerate(files):
-        with path.open("rb") as file:
-            if not file.read(1):
-                raise DRTError(f"{path} is empty; wanted a text of at least one character")
         if path in files[:number]:
             raise DRTError(f"{path} is named twice")
+        if path.is_fifo():
+            raise DRTError(f"{path} is a pipe; wanted a file, which can be read again after a stop")
+        check_text(path)
+
+
+def check_text(path: Path) -> None:
+    """Read a file and make sure that it is UTF-8 and not empty; raises as `check_files`."""
+    decoder = getincrementaldecoder("utf-8")()
+    read = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            before = read - len(decoder.getstate()[0])  # what a character needs that the last block has cut
+            read += len(block)
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError as error:
+                raise DRTError(
+                    f"{path} is not UTF-8 text: {error.reason} at byte {before + error.start}"
+                ) from error
+    if not read:
+        raise DRTError(f"{path} is empty; wanted a text of at least one character")
+    if decoder.getstate()[0]:
+        raise DRTError(f"{path} is not UTF-8 text: it ends within a character")
 
 
 def check_settings(archive: Archive, wanted: ArchiveDescription) -> None:

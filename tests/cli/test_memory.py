@@ -1,0 +1,234 @@
+"""`drt memory`: what is kept, going on after a stop, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import ByT5Tokenizer
+
+from drt.cli import memory
+from drt.memory import Archive, ArchiveWriter
+from drt.models.drt import DRTConfig, DRTForCausalLM, archive_drt
+
+Run = Callable[..., Any]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def facts(drt: Run, folder: object) -> dict[str, Any]:
+    result = drt("memory", "info", folder, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    path = tmp_path / "other.txt"
+    path.write_text("another text, not long")
+    return path
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes the next reading end with Ctrl-C after so many passes; it commits after each."""
+    read = archive_drt.read_documents
+
+    def install(passes: int) -> None:
+        left = [passes]
+
+        def count(tokens: int) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+
+        def stopped(*arguments: Any) -> None:
+            monkeypatch.setattr(archive_drt, "read_documents", read)
+            read(*arguments[:4], count, commit_tokens=1)
+
+        monkeypatch.setattr(archive_drt, "read_documents", stopped)
+
+    return install
+
+
+def test_what_is_built_is_told_and_whole(drt: Run, build: Run, book: Path, other: Path) -> None:
+    size = book.stat().st_size
+    assert f"m: {size + 22:,} tokens of 2 documents in" in build(book, other, "-o", "m").stdout
+    known = facts(drt, "m")
+    assert [(one["name"], one["num_tokens"]) for one in known["documents"]] == [
+        (str(book), size),
+        (str(other), 22),
+    ]
+    assert known["tokens"] == size + 22
+    assert known["bytes"] == sum(known["files"].values())
+    assert known["unfinished"] is False
+    assert known["description"]["dtype"] == "bfloat16"
+    shown = drt("memory", "info", "m").stdout
+    for part in ("1,022 tokens in", "other.txt", "bytes a token, in bfloat16"):
+        assert part in shown
+    verified = drt("memory", "verify", "m")
+    assert (verified.exit_code, verified.stdout) == (0, "m is whole\n")
+
+
+def test_the_same_build_again_changes_nothing(build: Run, book: Path) -> None:
+    build(book, "-o", "m")
+    before = content(Path("m"))
+    assert "m is complete: " in build(book, "-o", "m").stdout
+    assert content(Path("m")) == before
+
+
+def test_ctrl_c_leaves_an_archive_that_the_same_command_completes(
+    drt: Run, build: Run, refuses: Run, checkpoint: Path, book: Path, stop_after: Callable[[int], None]
+) -> None:
+    options = ("--segment-size", "60", "-o")
+    command = ("memory", "build", "--checkpoint", checkpoint, "--device", "cpu", book, *options)
+    stop_after(4)
+    result = drt(*command, "m")
+    assert result.exit_code == 130, result.output
+    assert "m keeps 240 tokens of 1 document" in result.stderr
+    assert "The same command goes on from there." in result.stderr
+    assert "is not finished" in refuses("memory", "info", "m")
+    verified = drt("memory", "verify", "m")
+    assert (verified.exit_code, verified.stdout.count("\n")) == (1, 1)
+    assert "240 tokens are committed" in verified.stdout
+    build(book, *options, "m")
+    build(book, *options, "whole")
+    assert drt("memory", "verify", "m").exit_code == 0
+    for name in ("chunks.bin", "landmarks.bin", "text.bin", "index.bin"):
+        assert Path("m", name).read_bytes() == Path("whole", name).read_bytes()
+
+
+def test_append_adds_documents_once(
+    drt: Run,
+    build: Run,
+    refuses: Run,
+    checkpoint: Path,
+    book: Path,
+    other: Path,
+    stop_after: Callable[[int], None],
+) -> None:
+    build(book, "-o", "m", "--segment-size", "60")
+    add = ("memory", "append", "--checkpoint", checkpoint, "--device", "cpu", "m")
+    third = other.with_name("third.txt")
+    third.write_bytes(book.read_bytes())
+    stop_after(3)
+    assert drt(*add, other, third).exit_code == 130
+    assert len(facts(drt, "m")["documents"]) == 1  # as it was before
+    assert "an append was interrupted" in drt("memory", "info", "m").stdout
+    assert "has an unfinished build of" in refuses(*add, third)
+    assert drt(*add, other, third).exit_code == 0
+    assert [one["name"] for one in facts(drt, "m")["documents"]] == [str(book), str(other), str(third)]
+    assert drt("memory", "verify", "m").exit_code == 0
+    assert f"m holds {other} already: " in refuses(*add, other)
+    build_again = ("memory", "build", "--checkpoint", checkpoint, "-o", "m", "--segment-size", "60")
+    assert "and drt memory append" not in refuses(*build_again, book)
+    assert "drt memory append adds documents to it" in refuses(*build_again, book)
+
+
+@pytest.mark.parametrize(
+    "name", ["chunks.bin", "landmarks.bin", "index.bin", "text.bin", "segments.jsonl", "manifest.json"]
+)
+def test_verify_names_what_is_damaged(drt: Run, build: Run, book: Path, name: str) -> None:
+    build(book, "-o", "m")
+    path = Path("m", name)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    result = drt("memory", "verify", "m")
+    assert result.exit_code == 1
+    assert name in result.stdout
+    path.unlink()
+    result = drt("memory", "verify", "m")
+    assert result.exit_code == 1
+    assert name in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing.txt", "-o", "m"], "nothing.txt: No such file or directory"),
+        ([".", "-o", "m"], ".: Is a directory"),
+        (["empty.txt", "-o", "m"], "empty.txt is empty; wanted a text of at least one character"),
+        (["a.txt", "a.txt", "-o", "m"], "a.txt is named twice"),
+        (["a.txt", "-o", "m", "--dtype", "int4"], "--dtype: wanted bfloat16, float32, float16 or int8, got 'int4'"),
+        (["a.txt", "-o", "m", "--segment-size", "many"], "wanted a length such as 4096, 64K or 1M, got 'many'"),
+        (["a.txt", "-o", "full"], "full holds other files (notes); choose an empty folder"),
+        (["a.txt", "-o", "a.txt"], "a.txt"),
+        (["a.txt", "-o", "m", "--checkpoint", "nothing"], "no checkpoint folder at nothing"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(refuses: Run, checkpoint: Path, arguments: list[str], message: str) -> None:
+    Path("empty.txt").touch()
+    Path("a.txt").write_text("a text")
+    Path("full").mkdir()
+    Path("full", "notes").touch()
+    assert message in refuses("memory", "build", "--checkpoint", checkpoint, *arguments)
+    assert not Path("m").exists()
+
+
+@pytest.mark.parametrize("command", ["append", "info"])
+def test_a_folder_that_is_no_archive_is_refused(refuses: Run, book: Path, command: str) -> None:
+    files = [book] if command == "append" else []
+    assert "here is not an archive: it has no manifest.json" in refuses("memory", command, "here", *files)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("ab Bücher".encode("latin-1"), "invalid start byte at byte 4"),
+        ("abcdefé".encode() + b"\xff", "invalid start byte at byte 8"),
+        ("abcdefghijk€".encode()[:-1], "it ends within a character"),
+    ],
+)
+def test_text_that_is_not_utf8_is_refused(
+    refuses: Run, monkeypatch: pytest.MonkeyPatch, text: bytes, problem: str
+) -> None:
+    monkeypatch.setattr(memory, "BLOCK_BYTES", 7)  # é is cut
+    Path("latin.txt").write_bytes(text)
+    assert refuses("memory", "build", "latin.txt", "-o", "m") == f"latin.txt is not UTF-8 text: {problem}"
+
+
+def test_a_pipe_is_refused(refuses: Run) -> None:
+    os.mkfifo("pipe")
+    assert "pipe is a pipe; wanted a file" in refuses("memory", "build", "pipe", "-o", "m")
+
+
+def test_a_second_writer_is_refused(
+    refuses: Run, build: Run, checkpoint: Path, book: Path, other: Path
+) -> None:
+    build(book, "-o", "m")
+    with ArchiveWriter.open("m"):
+        message = refuses("memory", "append", "m", other, "--checkpoint", checkpoint)
+    assert "another process is writing to m" in message
+
+
+def test_other_settings_models_and_tokenizers_are_refused(
+    refuses: Run, build: Run, checkpoint: Path, book: Path, other: Path, tmp_path: Path
+) -> None:
+    build(book, "-o", "m")
+    again = ("memory", "build", book, "-o", "m", "--checkpoint")
+    assert "m was begun with --dtype bfloat16, got float32" in refuses(
+        *again, checkpoint, "--dtype", "float32"
+    )
+    assert "m was begun with --segment-size 4096, got 60" in refuses(
+        *again, checkpoint, "--segment-size", "60"
+    )
+    changed = tmp_path / "changed"
+    torch.manual_seed(1)
+    DRTForCausalLM(DRTConfig.from_pretrained(checkpoint)).save_pretrained(changed)
+    ByT5Tokenizer(extra_ids=0).save_pretrained(changed)
+    assert "m was made by another model" in refuses(*again, changed)
+    assert "m was made by another model" in refuses("memory", "append", "m", other, "--checkpoint", changed)
+    assert "m was made by another model" in refuses("ask", "m", "hello", "--checkpoint", changed)
+    DRTForCausalLM.from_pretrained(checkpoint).save_pretrained(changed)
+    ByT5Tokenizer(extra_ids=5).save_pretrained(changed)
+    assert "m was made with another tokenizer" in refuses("ask", "m", "hello", "--checkpoint", changed)
+    with Archive.open("m") as archive:
+        assert len(archive.documents) == 1

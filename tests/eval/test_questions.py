@@ -1,0 +1,94 @@
+"""Questions asked of an archive: the passages of their records, and where an answer ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from drt.errors import DRTError
+from drt.eval.questions import CONVERSATION, ask
+from drt.memory import Archive, ArchiveWriter
+from drt.models.drt import DRTForCausalLM
+from drt.models.drt.archive_drt import describe_archive, read_documents
+
+TEXTS = ("one é text of forty-odd bytes, no more of it", "and a second text that is shorter")
+QUESTION = "a question of some forty-five bytes, so three chunks?"
+
+
+@pytest.fixture
+def archive(model: DRTForCausalLM, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Iterator[Archive]:
+    paths = [tmp_path / f"{number}.txt" for number in range(len(TEXTS))]
+    for path, text in zip(paths, TEXTS, strict=True):
+        path.write_text(text)
+    description = describe_archive(model, tokenizer, model_name="tiny")
+    with ArchiveWriter.create(tmp_path / "archive", description) as writer:
+        read_documents(model, tokenizer, writer, paths)
+    with Archive.open(tmp_path / "archive") as opened:
+        yield opened
+
+
+def test_records_show_passages_of_documents_and_of_the_conversation(
+    model: DRTForCausalLM, tokenizer: PreTrainedTokenizerBase, archive: Archive
+) -> None:
+    answers = ask(model, tokenizer, archive, [QUESTION, "why?"], 60)
+    documents = {document.name: text for document, text in zip(archive.documents, TEXTS, strict=True)}
+    seen = set()
+    for index, answer in enumerate(answers):
+        assert [record.step for record in answer.records] == sorted(record.step for record in answer.records)
+        for record in answer.records:
+            assert (record.index, record.question, record.answer) == (index, answer.question, answer.text)
+            assert record.checkpoint == "tiny"
+            assert (record.document == CONVERSATION) == (record.chunk >= archive.num_chunks)
+            text = documents.get(record.document, answer.question).encode()
+            if record.stop <= len(text):
+                seen.add(record.document)
+                end = text[record.start : record.stop].decode(errors="replace").removeprefix("\ufffd")
+                assert record.passage.removesuffix("\ufffd").endswith(end.removesuffix("\ufffd"))
+                around = record.before + record.passage + record.after
+                assert around[:40].strip("\ufffd") in text.decode() + answer.text
+    assert seen == {*documents, CONVERSATION}
+    steps = {record.step for record in answers[0].records}
+    assert steps == {0, 15, 30, 45}
+    for record in answers[0].records:
+        assert record.generated == answers[0].text[: len(record.generated)]
+        assert bool(record.generated) == (record.step > 0)
+
+
+def test_weights_of_a_group_add_up_to_one_and_fall_by_rank(
+    model: DRTForCausalLM, tokenizer: PreTrainedTokenizerBase, archive: Archive
+) -> None:
+    (answer,) = ask(model, tokenizer, archive, ["why?"], 5)
+    for group in (0, 1):
+        found = [record for record in answer.records if record.group == group]
+        assert [record.rank for record in found] == [0, 1]
+        assert found[0].weight >= found[1].weight
+        assert found[0].weight + found[1].weight == pytest.approx(1, abs=1e-5)
+
+
+def test_an_answer_ends_where_the_model_ends_it(
+    model: DRTForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    archive: Archive,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    questions = ["why?", QUESTION]
+    whole = ask(model, tokenizer, archive, questions, 40)
+    end = whole[0].text.encode(errors="replace")[3]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", end + 3)
+    ended = ask(model, tokenizer, archive, questions, 40)
+    for before, after in zip(whole, ended, strict=True):
+        assert after.text == before.text.partition(chr(end))[0]
+        assert {record.step for record in after.records} == {
+            step for step in (0, 15, 30) if step == 0 or step <= len(after.text)
+        }
+
+
+def test_empty_questions_are_refused(
+    model: DRTForCausalLM, tokenizer: PreTrainedTokenizerBase, archive: Archive
+) -> None:
+    for questions in ([], [""], ["a", ""]):
+        with pytest.raises(DRTError, match="a question is empty"):
+            ask(model, tokenizer, archive, questions, 5)
