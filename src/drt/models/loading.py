@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from drt.errors import DRTError
 from drt.models.drt import DRTConfig, DRTForCausalLM
+from drt.models.drt.embedder import attach_embedder
 from drt.models.full_attention import FullAttentionConfig, FullAttentionForCausalLM
 from drt.models.landmark import LandmarkConfig, LandmarkForCausalLM
 from drt.models.window import WindowConfig, WindowForCausalLM
@@ -57,7 +58,7 @@ def load_model(
 
     Raises:
         DRTError: no such folder, a model of another architecture, a file that is missing or damaged, weights whose
-            names or shapes are not those of the configuration.
+            names or shapes are not those of the configuration, an embedding retriever without its embedder.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -75,7 +76,9 @@ def load_model(
     if problems:
         shown = "; ".join(problems[:_SHOWN]) + ("; ..." if len(problems) > _SHOWN else "")
         raise DRTError(f"the weights in {folder} do not fit its config.json: {shown}")
-    return model.eval(), _load_tokenizer(folder)
+    tokenizer = _load_tokenizer(folder)
+    attach_embedder(model, tokenizer)
+    return model.eval(), tokenizer
 
 
 def _model_class(folder: Path) -> type[PreTrainedModel]:
