@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 import drt.models  # noqa: F401 (registers the models with the Auto classes)
 from drt.errors import DRTError, Interrupted
+from drt.models.drt.embedder import attach_embedder
 from drt.train.batches import BatchMaker
 from drt.train.checkpoints import checkpoint_folder, find_checkpoints
 from drt.train.config import LanguageModelConfig, RunConfig, TrainConfig, config_to_dict
@@ -82,6 +83,7 @@ def run_training(config: RunConfig, command: list[str], console: Console | None 
     interrupt = Interrupt()
     tokenizer = make_tokenizer(config)
     model = build_model(config)
+    attach_embedder(model, tokenizer)
     if rank:
         set_seed(config.seed + rank)  # the weights are the same everywhere, the noise on the scores is not
     display = Display(console, len(config.curriculum) if isinstance(config, TrainConfig) else 1)
