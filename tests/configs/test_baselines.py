@@ -1,0 +1,46 @@
+"""The runs that are compared have equal parameters and one recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import drt.models  # noqa: F401  (registers them)
+from drt.train.config import load_config
+
+FOLDER = Path(__file__).parents[2] / "configs" / "baselines"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def read(name: str) -> dict:
+    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def count_parameters(name: str) -> int:
+    fields = read(name)["model"]
+    with torch.device("meta"):
+        config = AutoConfig.for_model(fields.pop("model_type"), vocab_size=8192, **fields)
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_there_are_baselines():
+    assert {"window", "window-plus-2", "landmark", "drt-x1", "drt-x2", "drt-bm25"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_those_of_drt(name):
+    assert abs(count_parameters(name) / count_parameters("drt-x2") - 1) < 0.02
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_the_model_differs(name):
+    ours, other = read(name), read("drt-x2")
+    assert ours.pop("output_dir") == f"runs/baselines/{name}"
+    del other["output_dir"], ours["model"], other["model"]
+    assert ours == other
+    assert load_config(FOLDER / f"{name}.yaml").output_dir == f"runs/baselines/{name}"
