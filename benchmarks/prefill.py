@@ -6,6 +6,8 @@
 For each length, in a process of its own: tokens/s of prefill, seconds a token of decoding after it, peak memory.
 The floor is the time of the model's matrix products (`drt.eval.cost`, counted from the configuration), each at the
 rate that a product of just its shape and dtype reaches here when it is run alone; "of floor" is floor time / time.
+Products are those that are run: of the upper decoder only the end of each segment, which is all that reading needs.
+"whole" are the FLOPs of the full model, upper decoder and retrieval over everything.
 """
 
 from __future__ import annotations
@@ -241,10 +243,12 @@ def compare_with_floor(
     products = prefill_products(config, segment_size, length / 2)
     rate = {row["name"]: row["rates"][options.dtype] for row in rates}
     retrieval = sum(product.flops for product in products if product.part == "retrieval")
+    whole = sum(product.flops for product in prefill_products(config, segment_size, length / 2, whole=True))
     floor_seconds = sum(product.flops / rate[product.name] for product in products) / segment_size
     return {
         "flops_per_token": (sum(product.flops for product in products) - retrieval) / segment_size,
         "retrieval_flops_per_token": retrieval / segment_size,
+        "whole_flops_per_token": whole / segment_size,
         "floor_tokens_per_second": 1 / floor_seconds,
         "of_floor": tokens_per_second * floor_seconds,
     }
@@ -276,6 +280,7 @@ def show_results(results: list[dict[str, Any]], console: Console) -> None:
         "peak RSS MB",
         "kFLOP/token",
         "+ retrieval",
+        "whole",
         "floor tokens/s",
         "of floor",
     )
@@ -290,6 +295,7 @@ def show_results(results: list[dict[str, Any]], console: Console) -> None:
             f"{result['peak_rss_bytes'] / 1e6:,.0f}",
             f"{result['flops_per_token'] / 1e3:,.0f}",
             f"{result['retrieval_flops_per_token'] / 1e3:,.0f}",
+            f"{result['whole_flops_per_token'] / 1e3:,.0f}",
             f"{result['floor_tokens_per_second']:,.0f}",
             f"{result['of_floor']:.0%}",
         )
