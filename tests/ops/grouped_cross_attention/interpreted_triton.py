@@ -5,6 +5,7 @@ The interpreter's bfloat16 products are wrong, so float32 and float16 stand for 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from drt.ops.grouped_cross_attention import gather_chunks, grouped_cross_attention
 from drt.ops.grouped_cross_attention.impl import triton as kernels
-from drt.ops.grouped_cross_attention.impl.triton.backward import inverse_index
+from drt.ops.grouped_cross_attention.impl.triton.backward import inverse_index, share_out
 from drt.ops.grouped_cross_attention.impl.triton.problem import prepare
 from drt.testing.grouped_cross_attention import CASES, Case, Results, in_precision, make_inputs, run
 from drt.testing.tolerance import assert_as_accurate
@@ -90,6 +91,28 @@ def test_inverse_index_lists_every_filled_slot_once_in_order() -> None:
     users, first = inverse_index(problem)
     found = [[users[b, first[b, c] : first[b, c + 1]].tolist() for c in range(4)] for b in range(2)]
     assert found == [[[2], [], [0, 3, 4, 5], []], [[5], [4], [], []]]
+
+
+@pytest.fixture
+def small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The package's function has the name of its module, so plain attribute access would give that.
+    monkeypatch.setattr(sys.modules[inverse_index.__module__], "SHARE", 2)
+
+
+@pytest.mark.usefixtures("small_shares")
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[5], Case(blocks=7, chunks=2, slots=3)], ids=str)
+def test_chunks_shared_out_over_several_programs(case: Case) -> None:
+    check(case, torch.float32)
+
+
+@pytest.mark.usefixtures("small_shares")
+def test_shares_cover_every_slot_once() -> None:
+    first_user = torch.tensor([[0, 0, 1, 6, 8], [0, 8, 8, 8, 8]])
+    shares = share_out(first_user, 8)
+    assert shares.chunk.tolist() == [[0, 1, 2, 2, 2, 3, 4, 4], [0, 0, 0, 0, 1, 2, 3, 4]]
+    assert shares.first.tolist() == [[0, 1, 2, 5, 6], [0, 4, 5, 6, 7]]
+    assert shares.first_part.tolist() == [[0, 0, 0, 3, 3], [0, 4, 4, 4, 4]]
+    assert shares.num_parts == 8
 
 
 def test_chunk_gradients_have_the_same_bits_every_run() -> None:

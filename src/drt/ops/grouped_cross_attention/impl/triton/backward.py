@@ -1,19 +1,26 @@
 # mypy: disable-error-code="import-untyped,import-not-found,no-untyped-def"
 """Backward: dQ and dw go by block, as the forward does; dK and dV go by chunk, over the blocks that selected it.
 
-The second walk follows an inverse index, so every gradient is written once, by one program, in a fixed order: no
-atomics, and the same bits every run.
+The second walk follows an inverse index, so every gradient is summed in a fixed order: no atomics, and the same bits
+every run. A chunk that very many slots hold is shared out over several programs, whose sums are added afterwards in
+order: one that every block selects would else be walked by one program, alone, long after the others have ended.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from drt.ops.grouped_cross_attention.impl.triton.primitives import load_matrix, masked_scores, row_offsets
 from drt.ops.grouped_cross_attention.impl.triton.problem import Problem
+
+# Slots that one program walks for a chunk: several times the mean, which is K where all slots are filled.
+SHARE = 64
 
 
 @triton.jit
@@ -115,6 +122,9 @@ def chunk_kernel(
     values,
     users,
     first_user,
+    shares,
+    first_share,
+    first_part,
     weights,
     lengths,
     log_sums,
@@ -122,6 +132,10 @@ def chunk_kernel(
     deltas,
     grad_keys,
     grad_values,
+    key_parts,
+    value_parts,
+    num_shares,
+    num_parts,
     chunks,
     blocks_per_batch,
     slots,
@@ -143,21 +157,30 @@ def chunk_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
-    """A program: dK and dV of one tile of one chunk's positions, summed over the slots that hold the chunk."""
+    """A program: dK and dV of one tile of one chunk's positions, summed over a share of the slots that hold it."""
     ROWS: tl.constexpr = BLOCK_SIZE * GROUP
     KV_HEADS: tl.constexpr = HEADS // GROUP
     TILES: tl.constexpr = (SIZE + BLOCK_S - 1) // BLOCK_S
     program = tl.program_id(0).to(tl.int64)
     head = program // TILES % KV_HEADS
-    batch = program // TILES // KV_HEADS // chunks
-    chunk = program // TILES // KV_HEADS % chunks
+    batch = program // TILES // KV_HEADS // num_shares
+    share = program // TILES // KV_HEADS % num_shares
+    chunk = tl.load(shares + batch * num_shares + share)
+    # There may be fewer shares than programs: those left over walk nothing and write nothing.
+    active = chunk < chunks
+    chunk = tl.minimum(chunk, chunks - 1)
     positions = (program % TILES) * BLOCK_S + tl.arange(0, BLOCK_S)
     dims = tl.arange(0, BLOCK_D)
     base = batch * stride_batch + chunk * stride_chunk + head * stride_head
     base += chunk // slots * stride_block + chunk % slots * stride_slot
-    start = tl.load(first_user + batch * (chunks + 1) + chunk)
-    stop = tl.load(first_user + batch * (chunks + 1) + chunk + 1)
+    bounds = batch * (chunks + 1) + chunk
+    number = share - tl.load(first_share + bounds)
+    whole = tl.load(first_share + bounds + 1) - tl.load(first_share + bounds) == 1
+    start = tl.load(first_user + bounds) + number * SHARE
+    stop = tl.minimum(start + SHARE, tl.load(first_user + bounds + 1))
+    stop = tl.where(active, stop, start)
     per_batch = blocks_per_batch * slots
     # All users of a chunk see the same length; a chunk without users loads nothing.
     length = 0
@@ -189,11 +212,47 @@ def chunk_kernel(
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             ds = weighted * (dp - delta[None, :])
             dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
-    places = ((batch * chunks + chunk) * SIZE + positions) * KV_HEADS * DIM + head * DIM
-    mask = (positions < SIZE)[:, None] & (dims < DIM)[None, :]
-    target = places[:, None] + dims[None, :]
-    tl.store(grad_keys + target, (dk * scale).to(grad_keys.dtype.element_ty), mask=mask)
-    tl.store(grad_values + target, dv.to(grad_values.dtype.element_ty), mask=mask)
+    part = batch * num_parts + tl.load(first_part + bounds) + number
+    row = tl.where(whole, batch * chunks + chunk, part)
+    target = ((row * SIZE + positions) * KV_HEADS + head)[:, None] * DIM + dims[None, :]
+    mask = (positions < SIZE)[:, None] & (dims < DIM)[None, :] & active
+    dk *= scale
+    tl.store(grad_keys + target, dk.to(grad_keys.dtype.element_ty), mask=mask & whole)
+    tl.store(grad_values + target, dv.to(grad_values.dtype.element_ty), mask=mask & whole)
+    tl.store(key_parts + target, dk, mask=mask & (whole == 0))
+    tl.store(value_parts + target, dv, mask=mask & (whole == 0))
+
+
+@triton.jit
+def parts_kernel(
+    first_share,
+    first_part,
+    grad_keys,
+    grad_values,
+    key_parts,
+    value_parts,
+    num_parts,
+    chunks,
+    NUMBERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program: BLOCK of a chunk's NUMBERS of dK and dV as the sum of its parts, where it was shared out."""
+    chunk = tl.program_id(0).to(tl.int64)
+    batch = chunk // chunks
+    bounds = batch * (chunks + 1) + chunk % chunks
+    count = tl.load(first_share + bounds + 1) - tl.load(first_share + bounds)
+    if count > 1:
+        places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        mask = places < NUMBERS
+        dk = tl.zeros((BLOCK,), tl.float32)
+        dv = tl.zeros((BLOCK,), tl.float32)
+        first = batch * num_parts + tl.load(first_part + bounds)
+        for part in range(first, first + count):
+            dk += tl.load(key_parts + part * NUMBERS + places, mask=mask, other=0.0)
+            dv += tl.load(value_parts + part * NUMBERS + places, mask=mask, other=0.0)
+        target = chunk * NUMBERS + places
+        tl.store(grad_keys + target, dk.to(grad_keys.dtype.element_ty), mask=mask)
+        tl.store(grad_values + target, dv.to(grad_values.dtype.element_ty), mask=mask)
 
 
 def inverse_index(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -206,19 +265,52 @@ def inverse_index(problem: Problem) -> tuple[Tensor, Tensor]:
     return users, first
 
 
+class Shares(NamedTuple):
+    """Which program walks which slots of which chunk, for each of B rows; found without asking the device anything."""
+
+    chunk: Tensor
+    """(B, P) of each share, C for those left over; P is what C chunks and their slots can make at most."""
+    first: Tensor
+    """(B, C + 1) where a chunk's shares begin."""
+    first_part: Tensor
+    """(B, C + 1) where the sums of a chunk of several shares begin."""
+    num_parts: int
+    """What chunks of several shares can make at most: each has more than SHARE slots, and fewer than two a SHARE."""
+
+
+def share_out(first_user: Tensor, slots: int) -> Shares:
+    """Cut the slots of each chunk into shares, one at least.
+
+    Args:
+        first_user: (B, C + 1), of `inverse_index`.
+        slots: filled slots of a row, at most.
+    """
+    counts = ((first_user.diff(dim=1) + SHARE - 1) // SHARE).clamp_min(1)
+    first = pad(counts.cumsum(1), (1, 0))
+    first_part = pad(counts.where(counts > 1, 0).cumsum(1), (1, 0))
+    most = counts.shape[1] + slots // SHARE
+    number = torch.arange(most, device=counts.device).expand(counts.shape[0], -1).contiguous()
+    chunk = torch.searchsorted(first[:, 1:].contiguous(), number, right=True)
+    return Shares(chunk, first, first_part, 2 * (slots // SHARE))
+
+
 def backward(
     problem: Problem, log_sums: Tensor, grad_output: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, keys, values (contiguous, shaped like those) and of the weights (B, N, K) in float32."""
-    constants = problem.constants()
     grad_output = grad_output.contiguous()
+    grad_query, deltas, grad_weights = query_gradient(problem, log_sums, grad_output)
+    grad_keys, grad_values = chunk_gradients(problem, log_sums, grad_output, deltas)
+    return grad_query, grad_keys, grad_values, grad_weights
+
+
+def query_gradient(problem: Problem, log_sums: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the query, dO . o of every softmax, gradient of the weights."""
+    constants = problem.constants()
     grad_query = torch.empty_like(problem.query)
     deltas = problem.per_row()
-    tiles = triton.cdiv(problem.rows, constants["BLOCK_R"])
-    programs = problem.kv_heads * tiles
+    programs = problem.kv_heads * triton.cdiv(problem.rows, constants["BLOCK_R"])
     weight_parts = deltas.new_empty(*problem.weights.shape[:2], programs, problem.slots)
-    blocks_per_batch = problem.indices.shape[1]
-    scales = (problem.scale, problem.scale_log2())
     query_kernel[(problem.blocks * programs,)](
         problem.query,
         problem.keys,
@@ -231,21 +323,39 @@ def backward(
         grad_query,
         weight_parts,
         deltas,
-        blocks_per_batch,
+        problem.indices.shape[1],
         problem.slots,
-        *scales,
+        problem.scale,
+        problem.scale_log2(),
         *problem.strides,
         **constants,
     )
+    return grad_query, deltas, weight_parts.sum(dim=2)
+
+
+def chunk_gradients(
+    problem: Problem, log_sums: Tensor, grad_output: Tensor, deltas: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of keys and values."""
+    constants = problem.constants()
+    batch, blocks_per_batch = problem.indices.shape[:2]
     grad_keys, grad_values = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (problem.keys, problem.values)
     )
+    users, first_user = inverse_index(problem)
+    shares = share_out(first_user, blocks_per_batch * problem.slots)
+    numbers = problem.size * problem.kv_heads * problem.query.shape[3]
+    key_parts, value_parts = (deltas.new_empty(batch, shares.num_parts, numbers) for _ in range(2))
     tiles = triton.cdiv(problem.size, constants["BLOCK_S"])
-    chunk_kernel[(problem.indices.shape[0] * problem.chunks * problem.kv_heads * tiles,)](
+    chunk_kernel[(shares.chunk.numel() * problem.kv_heads * tiles,)](
         problem.query,
         problem.keys,
         problem.values,
-        *inverse_index(problem),
+        users,
+        first_user,
+        shares.chunk,
+        shares.first,
+        shares.first_part,
         problem.weights,
         problem.lengths,
         log_sums,
@@ -253,11 +363,31 @@ def backward(
         deltas,
         grad_keys,
         grad_values,
+        key_parts,
+        value_parts,
+        shares.chunk.shape[1],
+        shares.num_parts,
         problem.chunks,
         blocks_per_batch,
         problem.slots,
-        *scales,
+        problem.scale,
+        problem.scale_log2(),
         *problem.strides,
+        SHARE=SHARE,
         **constants,
     )
-    return grad_query, grad_keys, grad_values, weight_parts.sum(dim=2)
+    if shares.num_parts:
+        block = min(1024, triton.next_power_of_2(numbers))
+        parts_kernel[(batch * problem.chunks, triton.cdiv(numbers, block))](
+            shares.first,
+            shares.first_part,
+            grad_keys,
+            grad_values,
+            key_parts,
+            value_parts,
+            shares.num_parts,
+            problem.chunks,
+            NUMBERS=numbers,
+            BLOCK=block,
+        )
+    return grad_keys, grad_values
