@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from drt.eval.results import EvaluationRecord, PerplexityRecord, TrainingRecord, read_records
+from drt.eval.results import (
+    AnswerRecord,
+    EvaluationRecord,
+    PerplexityRecord,
+    TrainingRecord,
+    read_records,
+)
 
 from .conftest import Drt
 
@@ -102,3 +108,24 @@ def test_mistakes_are_one_line(
     assert "cannot be read as records" in refuses("report", "none.jsonl")
     (tmp_path / "empty").mkdir()
     assert "wanted a folder with files of records" in refuses("report", tmp_path / "empty")
+
+
+def test_summaries_are_scored(drt: Drt, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "news.jsonl").write_text('{"article": "a long story", "highlights": "a story"}\n' * 3)
+    fields = ("--document-field", "article", "--summary-field", "highlights")
+    data = ("--checkpoint", checkpoint, "--data", tmp_path / "news.jsonl", "--max-new-tokens", "5")
+    result = drt("eval", "summarization", *data, *fields, "--samples", "2")
+    assert result.exit_code == 0, result.output
+    records = read_records("summarization.jsonl", AnswerRecord)
+    assert [record.expected for record in records] == [["a story"]] * 2
+    assert "rougeLsum, %" in result.output
+
+
+def test_ruler_reaches_the_evaluation(drt: Drt, checkpoint: Path, refuses: Callable[..., str]) -> None:
+    pytest.importorskip("lm_eval")
+    result = drt(
+        "eval", "ruler", "--checkpoint", checkpoint, "--task", "ruler_vt", "--length", "3K", "--samples", "1"
+    )
+    assert result.exit_code == 0, result.output
+    assert [record.length for record in read_records("ruler.jsonl", AnswerRecord)] == [3072]
+    assert "wanted tasks of" in refuses("eval", "ruler", "--checkpoint", checkpoint, "--task", "essay")

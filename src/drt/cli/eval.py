@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from drt.cli.answers import ruler, summarization
 from drt.cli.needle import needle
 from drt.cli.perplexity import perplexity, runs
 
@@ -15,5 +16,5 @@ def root() -> None:
     """Evaluate models: perplexity of whole documents, needles, benchmarks, summaries."""
 
 
-for command in (perplexity, runs, needle):
+for command in (perplexity, runs, needle, ruler, summarization):
     eval.command()(command)

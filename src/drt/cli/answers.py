@@ -1,0 +1,130 @@
+"""`drt eval ruler` and `drt eval summarization`: benchmarks that score generated text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from drt.cli.shared import choose_device, choose_dtype, reading_progress
+
+if TYPE_CHECKING:
+    from drt.eval.results import AnswerRecord
+
+Checkpoint = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the model.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: what the checkpoint holds.")]
+Json = Annotated[
+    Path, typer.Option(metavar="FILE", help="Where the records go, JSON lines; what it held is replaced.")
+]
+
+
+def ruler(
+    checkpoint: Checkpoint,
+    task: Annotated[
+        str,
+        typer.Option(
+            metavar="TASK,...", help="niah_multikey_2, niah_multikey_3, ruler_vt, or a list of them."
+        ),
+    ] = "niah_multikey_2,niah_multikey_3,ruler_vt",
+    length: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Tokens of the texts, room for the answer included.")
+    ] = "4K",
+    samples: Annotated[int, typer.Option(min=1, help="Texts of each task and length.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Of the texts.")] = 7,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts read together.")] = 1,
+    json: Json = Path("ruler.jsonl"),
+    device: Device = "auto",
+    dtype: Dtype = None,
+) -> None:
+    """Ask the questions of RULER that need no download, through lm-eval.
+
+    Two tasks hide a needle among others like it, one follows a chain of variables. A score is the share of the expected
+    strings that the answer holds.
+
+    Example:
+
+        drt eval ruler --checkpoint runs/my-model/final --length 4K,16K --samples 50
+    """
+    from drt.data.needles import parse_length
+    from drt.eval.ruler import evaluate_ruler
+    from drt.models.loading import load_model
+
+    model, tokenizer = load_model(checkpoint, choose_dtype(dtype))
+    model.to(choose_device(device))  # type: ignore[arg-type]
+    records = evaluate_ruler(
+        model,
+        tokenizer,
+        tasks=task.split(","),
+        lengths=[parse_length(part) for part in length.split(",")],
+        samples=samples,
+        seed=seed,
+        checkpoint=str(checkpoint),
+        batch_size=batch_size,
+    )
+    _write_and_show(records, json)
+
+
+def summarization(
+    checkpoint: Checkpoint,
+    data: Annotated[
+        Path, typer.Option(metavar="FILE", help="JSON lines of documents and summaries: plain, .xz or .gz.")
+    ],
+    document_field: Annotated[str, typer.Option(help="Field of the document.")] = "document",
+    summary_field: Annotated[str, typer.Option(help="Field of the summary.")] = "summary",
+    samples: Annotated[int, typer.Option(min=0, help="Take the first so many; 0: all.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest summary.")] = 256,
+    segment_size: Annotated[str, typer.Option(metavar="N", help="Tokens read in one pass.")] = "4K",
+    json: Json = Path("summarization.jsonl"),
+    device: Device = "auto",
+    dtype: Dtype = None,
+) -> None:
+    """Summarise documents and score the summaries with ROUGE (F1, of stemmed words of the decoded text).
+
+    Example:
+
+        drt eval summarization --checkpoint model --data cnn.jsonl --document-field article --summary-field highlights
+    """
+    from drt.data.needles import parse_length
+    from drt.data.summaries import read_pairs
+    from drt.eval.summarization import evaluate_summaries
+    from drt.models.loading import load_model
+
+    pairs = read_pairs(data, document_field, summary_field)[: samples or None]
+    model, tokenizer = load_model(checkpoint, choose_dtype(dtype))
+    model.to(choose_device(device))  # type: ignore[arg-type]
+    with reading_progress() as progress:
+        bar = progress.add_task(f"{len(pairs)} documents", total=None)
+        records = evaluate_summaries(
+            model,
+            tokenizer,
+            pairs,
+            checkpoint=str(checkpoint),
+            data=data.name,
+            max_new_tokens=max_new_tokens,
+            segment_size=parse_length(segment_size),
+            on_progress=lambda tokens: progress.advance(bar, tokens),
+        )
+        _write_and_show(records, json)
+
+
+def _write_and_show(records: Iterable[AnswerRecord], path: Path) -> None:
+    """Write each record as it comes, then print a table a task."""
+    from drt.cli.tables import to_rich
+    from drt.eval.results import RecordWriter
+    from drt.report.models import group_seeds
+    from drt.report.tables import answer_table
+
+    written = []
+    with RecordWriter(path) as writer:
+        for record in records:
+            writer.write(record)
+            written.append(record)
+    console = Console()
+    for task in dict.fromkeys(record.task for record in written):
+        chosen = [record for record in written if record.task == task]
+        console.print(to_rich(answer_table(task, group_seeds(chosen))))
+    console.print(f"records: {path}", highlight=False)

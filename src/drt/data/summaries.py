@@ -1,0 +1,120 @@
+"""Documents with their summaries: read from JSON lines, laid out for generation and for fine-tuning."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drt.data.tokens import TextCodec, TokenIds
+from drt.errors import DRTError
+
+CUE = "\n\nSummary: "  # between a document and its summary
+IGNORED = -100  # label of a position that is not scored
+_OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
+
+
+@dataclass(frozen=True)
+class SummaryPair:
+    """A document and its summary, as text."""
+
+    document: str
+    summary: str
+
+
+def read_pairs(
+    path: Path | str, document_field: str = "document", summary_field: str = "summary"
+) -> list[SummaryPair]:
+    """Read a file of JSON lines (plain, .xz or .gz), one pair a line.
+
+    Args:
+        path: the file.
+        document_field: name of the field with the document, such as `article` in CNN-DailyMail.
+        summary_field: name of the field with the summary, such as `highlights` there.
+
+    Raises:
+        DRTError: the file cannot be read or is empty, or a line has no such fields or empty ones; names the line.
+    """
+    pairs = []
+    try:
+        with cast(BinaryIO, _OPENERS.get(Path(path).suffix, open)(path, "rb")) as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    values = json.loads(line)
+                    texts = [values[field] for field in (document_field, summary_field)]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DRTError(
+                        f"{path}, line {number}: wanted a JSON object with {document_field!r} and {summary_field!r}: "
+                        f"{error!r}"
+                    ) from error
+                if not all(isinstance(text, str) and text.strip() for text in texts):
+                    raise DRTError(f"{path}, line {number}: wanted texts that are not empty")
+                pairs.append(SummaryPair(*texts))
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise DRTError(f"{path}: cannot be read: {error}") from error
+    if not pairs:
+        raise DRTError(f"{path}: wanted documents with summaries, got an empty file")
+    return pairs
+
+
+def summary_prompt(pair: SummaryPair, codec: TextCodec, longest: int | None = None) -> TokenIds:
+    """(T,) token ids: the document, its end cut off where the prompt would be longer than `longest`, and the cue.
+
+    Raises:
+        ValueError: `longest` has no room for the cue and one token.
+    """
+    cue = codec.encode(CUE)
+    document = codec.encode(pair.document)
+    if longest is not None:
+        if longest <= len(cue):
+            raise ValueError(f"longest must be more than the {len(cue)} tokens of the cue, got {longest}")
+        document = document[: longest - len(cue)]
+    return np.concatenate([document, cue])
+
+
+def summary_batch(
+    pairs: Sequence[SummaryPair], codec: TextCodec, *, longest: int, end: int, padding: int = 0
+) -> dict[str, Tensor]:
+    """A batch for fine-tuning: the loss is on the summary and its end alone.
+
+    The chunk closes where the prompt ends, as it does when a summary is generated.
+
+    Args:
+        pairs: B of them.
+        codec: of the model's tokenizer.
+        longest: most tokens of a row; documents are cut to fit, summaries are kept whole.
+        end: token that ends a text.
+        padding: token behind shorter rows, where causality makes it harmless.
+
+    Returns:
+        `input_ids` (B, L) int64, `labels` (B, L) aligned with them (`IGNORED` where nothing is scored), and
+        `chunk_ends` (B, L) bool.
+
+    Raises:
+        ValueError: no pairs, or a summary that leaves no room for its document.
+    """
+    if not pairs:
+        raise ValueError("wanted at least one pair, got none")
+    answers = [np.append(codec.encode(pair.summary), np.int32(end)) for pair in pairs]
+    prompts = [
+        summary_prompt(pair, codec, longest - len(answer))
+        for pair, answer in zip(pairs, answers, strict=True)
+    ]
+    length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+    input_ids = torch.full((len(pairs), length), padding)
+    labels = torch.full_like(input_ids, IGNORED)
+    chunk_ends = torch.zeros(input_ids.shape, dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        stop = len(prompt) + len(answer)
+        input_ids[row, :stop] = torch.from_numpy(np.concatenate([prompt, answer])).long()
+        labels[row, len(prompt) : stop] = input_ids[row, len(prompt) : stop]
+        chunk_ends[row, len(prompt) - 1] = True
+    return {"input_ids": input_ids, "labels": labels, "chunk_ends": chunk_ends}
