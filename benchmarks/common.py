@@ -72,7 +72,7 @@ class Report:
         self.records.append(record)
         self._write({"kind": self.name, **record})
         self.console.print(
-            ", ".join(f"{key} {_cell(value)}" for key, value in record.items()), highlight=False
+            ", ".join(f"{key} {_cell(key, value)}" for key, value in record.items()), highlight=False
         )
 
     def finish(self, x: str, series: str, panels: Mapping[str, str]) -> None:
@@ -82,7 +82,7 @@ class Report:
         for column in columns:
             table.add_column(column, justify="right", overflow="fold")
         for record in self.records:
-            table.add_row(*(_cell(record.get(column)) for column in columns))
+            table.add_row(*(_cell(column, record.get(column)) for column in columns))
         self.console.print(table)
         self.file.close()
         if self.options.plot:
@@ -113,10 +113,12 @@ def draw(records: Sequence[dict[str, Any]], x: str, series: str, panels: Mapping
     return figure
 
 
-def _cell(value: Any) -> str:
+def _cell(key: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "" if value is None else format_length(value) if isinstance(value, int) else str(value)
+    if isinstance(value, int):
+        return format_length(value) if key == "length" else f"{value:,}"
+    return "" if value is None else str(value)
 
 
 def now() -> float:
