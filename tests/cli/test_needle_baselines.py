@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
-@pytest.mark.parametrize("name", ["window", "full_attention", "landmark"])
+@pytest.mark.parametrize("name", ["window", "full_attention", "landmark", "block_recurrent"])
 def test_needles_are_asked_of_a_baseline(drt, tmp_path, name):
     folder = tmp_path / name
     AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SMALL)).save_pretrained(folder)

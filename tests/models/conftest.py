@@ -23,6 +23,7 @@ SMALL = {
 OWN: dict[str, dict[str, object]] = {
     "window": {"sliding_window": 10},
     "full_attention": {},
+    "block_recurrent": {"sliding_window": 10, "block_size": 7, "num_states": 5},
     "landmark": {"chunk_size": 7, "retrieval_top_k": 2, "local_chunks": 1, "max_chunk_distance": 3},
 }
 

@@ -1,5 +1,5 @@
 """Models; importing this package registers them with the Auto classes of transformers."""
 
-from drt.models import drt, full_attention, landmark, window
+from drt.models import block_recurrent, drt, full_attention, landmark, window
 
-__all__ = ["drt", "full_attention", "landmark", "window"]
+__all__ = ["block_recurrent", "drt", "full_attention", "landmark", "window"]

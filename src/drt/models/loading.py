@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from drt.errors import DRTError
+from drt.models.block_recurrent import BlockRecurrentConfig, BlockRecurrentForCausalLM
 from drt.models.drt import DRTConfig, DRTForCausalLM
 from drt.models.drt.embedder import attach_embedder
 from drt.models.full_attention import FullAttentionConfig, FullAttentionForCausalLM
@@ -26,6 +27,7 @@ _MODELS: dict[str, type[PreTrainedModel]] = {
     WindowConfig.model_type: WindowForCausalLM,
     FullAttentionConfig.model_type: FullAttentionForCausalLM,
     LandmarkConfig.model_type: LandmarkForCausalLM,
+    BlockRecurrentConfig.model_type: BlockRecurrentForCausalLM,
 }
 _SHOWN = 5  # problems listed in one message
 

@@ -19,6 +19,8 @@ MODELS = [
     ("window", {"position_embedding": "rope"}),
     ("full_attention", {}),
     ("full_attention", {"position_embedding": "alibi"}),
+    ("block_recurrent", {}),
+    ("block_recurrent", {"recurrent_layer": 0, "block_size": 12}),
     ("landmark", {}),
     ("landmark", {"chunk_size": 3, "local_chunks": 0, "retrieval_top_k": 4}),
 ]
