@@ -224,12 +224,19 @@ def read_files(loaded: LoadedModel, archive: ArchiveWriter, files: Sequence[Path
     from drt.models.drt.archive_drt import read_documents
 
     size = sum(path.stat().st_size for path in files)
+    known = sum(document.num_tokens for document in archive.unfinished_documents)
     with reading_progress() as progress:
-        task = progress.add_task("", total=size if TextCodec(loaded.tokenizer).is_bytes else None)
+        total = size if TextCodec(loaded.tokenizer).is_bytes else None
+        task = progress.add_task("", total=total, completed=known)
+
+        def advance(count: int) -> None:
+            nonlocal known  # what an earlier run has read is told first, and is not part of the speed
+            skipped = min(known, count)
+            known -= skipped
+            progress.advance(task, count - skipped)
+
         try:
-            read_documents(
-                loaded.model, loaded.tokenizer, archive, files, lambda count: progress.advance(task, count)
-            )
+            read_documents(loaded.model, loaded.tokenizer, archive, files, advance)
         except KeyboardInterrupt as interrupt:
             raise Interrupted(
                 f"stopped; {archive.path} keeps {describe_size(archive)}. The same command goes on from there."
