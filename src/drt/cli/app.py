@@ -29,7 +29,8 @@ COMMANDS = {
     "ask": "Ask questions of a memory.",
     "convert": "Convert a checkpoint of the paper's authors.",
     "train": "Train a model from one YAML file.",
-    "data": "Fetch texts to train and evaluate on.",
+    "info": "Show what a training run will take.",
+    "data": "Fetch and prepare texts to train and evaluate on.",
 }
 
 MISTAKE = 2  # exit code for what the user can put right; also what typer uses for a wrong option

@@ -92,6 +92,11 @@ class LanguageModelTrainer(RunTrainer):
     ) -> None:
         data, made_with = config.data, fingerprint(tokenizer)
         corpus = open_corpus(data.corpus, "train", fingerprint=made_with, verify=data.verify)
+        needed = corpus.manifest.tokenizer["vocab_size"]
+        if model.config.vocab_size < needed:
+            raise DRTError(
+                f"model.vocab_size: wanted the corpus' {needed} or more, got {model.config.vocab_size}"
+            )
         self.sampler = WindowSampler(
             corpus, data.sequence_length, config.seed, inside_documents=data.inside_documents
         )

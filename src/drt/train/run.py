@@ -196,8 +196,8 @@ def build_model(config: RunConfig) -> PreTrainedModel:
         DRTError: an unknown model_type, unknown or unfitting fields in the model section, no corpus.
     """
     fields = {"model_type": "drt", **config.model}
-    if isinstance(config, LanguageModelConfig):
-        fields = {**vocabulary_fields(config), **fields}
+    if isinstance(config, LanguageModelConfig) and "vocab_size" not in fields:
+        fields |= vocabulary_fields(config)
     model_type = fields.pop("model_type")
     try:
         config_class = type(AutoConfig.for_model(model_type))

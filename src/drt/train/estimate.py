@@ -1,0 +1,108 @@
+"""What a run will take, said before anything is spent: parameters, operations, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from drt.models.flops import training_flops
+from drt.train.config import LanguageModelConfig, RunConfig, TrainConfig
+from drt.train.run import build_model
+
+# Weights, gradients and the two moments of AdamW, all float32, also with automatic mixed precision.
+_BYTES_A_PARAMETER = 16
+_PROBE_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes.
+
+    Attributes:
+        parameters: of the model; tied ones count once.
+        embedding_parameters: those of them in the token embedding.
+        tokens: of the whole run.
+        flops_per_token: forward and backward; None for a model whose attention is not counted.
+        state_bytes: weights, gradients and optimizer, over all processes that share them.
+        activation_bytes: what the backward pass needs of one forward pass, measured on a short row and scaled up.
+        rows_per_pass, row_length: of that pass.
+    """
+
+    parameters: int
+    embedding_parameters: int
+    tokens: int
+    flops_per_token: float | None
+    state_bytes: int
+    activation_bytes: int
+    rows_per_pass: int
+    row_length: int
+
+    @property
+    def total_flops(self) -> float | None:
+        """Of the whole run."""
+        return None if self.flops_per_token is None else self.flops_per_token * self.tokens
+
+
+def estimate_run(config: RunConfig, processes: int = 1) -> Estimate:
+    """Estimate one run; builds the model on the CPU and runs it forward on a row of a few hundred tokens.
+
+    Args:
+        config: the run; for needles, its last stage.
+        processes: that share the rows of a step.
+
+    Raises:
+        DRTError: as `build_model`; the rows cannot be shared evenly.
+    """
+    if isinstance(config, LanguageModelConfig):
+        length = config.data.sequence_length
+        rows = config.rows_per_step // processes // config.passes_per_step(processes)
+    else:
+        assert isinstance(config, TrainConfig)
+        length = config.curriculum[-1].chunks * config.model["chunk_size"]
+        rows = config.tokens_per_step // length
+    model = build_model(config)
+    probe = min(length, _PROBE_TOKENS)
+    kept = saved_bytes(model, probe) / probe
+    if config.gradient_checkpointing:
+        layers = model.config.num_hidden_layers
+        kept = (
+            layers * 4 * model.config.hidden_size + kept / layers
+        )  # the layers' inputs, and one layer at a time
+    if config.dtype == "bfloat16":
+        kept /= 2  # a CPU may take very long in bfloat16, so the measurement is in float32
+    return Estimate(
+        parameters=model.num_parameters(),
+        embedding_parameters=sum(weight.numel() for weight in model.get_input_embeddings().parameters()),
+        tokens=config.tokens_per_step * config.max_steps,
+        flops_per_token=training_flops(model, length),
+        state_bytes=_BYTES_A_PARAMETER * model.num_parameters(),
+        activation_bytes=round(kept * length * rows),
+        rows_per_pass=rows,
+        row_length=length,
+    )
+
+
+def saved_bytes(model: PreTrainedModel, length: int) -> int:
+    """Bytes that autograd keeps of a forward pass over one row in float32, the weights left out.
+
+    Args:
+        model: on the CPU.
+        length: tokens of the row.
+    """
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros(1, length, dtype=torch.int64)
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return sum(kept.values()) + logits.numel() * logits.element_size()  # the loss keeps as much again
