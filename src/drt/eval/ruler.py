@@ -100,25 +100,31 @@ def make_documents(
     Raises:
         DRTError: nothing fits into that length.
     """
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 (what lm-eval draws from)
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
+    module = _import(task)  # before the seed: what is imported draws random numbers too
     make = _variable_tracking if task == "ruler_vt" else _multikey
     try:
-        with redirect_stdout(io.StringIO()):  # lm-eval prints how it searches for the length
-            return make(task, tokenizer, length, samples)
+        with redirect_stdout(io.StringIO()), _seeded(seed):  # lm-eval prints how it searches for the length
+            return make(module, task, tokenizer, length, samples)
     except ValueError as error:
         raise DRTError(f"{task} at {length} tokens: {error}") from error
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators that lm-eval draws from, and put their state back."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
 
 
 def _variable_tracking(
-    task: str, tokenizer: PreTrainedTokenizerBase, length: int, samples: int
+    vt_utils: Any, task: str, tokenizer: PreTrainedTokenizerBase, length: int, samples: int
 ) -> list[dict[str, Any]]:
-    from lm_eval.tasks.ruler import vt_utils
-
     make = vt_utils.sys_vartrack_w_noise_random
     # lm-eval gives the example 500 tokens, which is too few where tokens are bytes, and then never ends.
     text, names = vt_utils.generate_input_output(5, 1, 4, is_icl=True)
@@ -136,15 +142,11 @@ def _variable_tracking(
 
 
 def _multikey(
-    task: str, tokenizer: PreTrainedTokenizerBase, length: int, samples: int
+    niah_utils: Any, task: str, tokenizer: PreTrainedTokenizerBase, length: int, samples: int
 ) -> list[dict[str, Any]]:
-    with _no_download():
-        from lm_eval.tasks.ruler import niah_utils
-        from lm_eval.tasks.ruler.prepare_niah import generate_samples, get_haystack
-
     kind = {"niah_multikey_2": ("words", "numbers"), "niah_multikey_3": ("uuids", "uuids")}[task]
-    return generate_samples(
-        get_haystack(type_haystack="needle"),
+    return niah_utils.generate_samples(
+        niah_utils.get_haystack(type_haystack="needle"),
         TOKENIZER=tokenizer,
         max_seq_length=length,
         template=niah_utils.TEMPLATE,
@@ -155,18 +157,25 @@ def _multikey(
     )
 
 
-@contextmanager
-def _no_download() -> Iterator[None]:
-    """Importing lm-eval's needles fetches a sentence splitter that only the tasks with essays use, and waits minutes
-    for it where there is no network."""
+def _import(task: str) -> Any:
+    """The module of lm-eval that makes a task's texts.
+
+    The needles' module fetches a sentence splitter as it is imported, which only the tasks with essays use, and waits
+    minutes for it where there is no network: it is told that there is none.
+    """
+    if task == "ruler_vt":
+        from lm_eval.tasks.ruler import vt_utils
+
+        return vt_utils
     import nltk
 
     download = nltk.download
     nltk.download = lambda *_, **__: False
     try:
-        yield
+        from lm_eval.tasks.ruler import niah_utils
     finally:
         nltk.download = download
+    return niah_utils
 
 
 def _harness() -> tuple[Any, Any, Callable[..., dict[str, float]]]:
