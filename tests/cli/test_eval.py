@@ -47,13 +47,23 @@ def runs(tmp_path: Path, checkpoint: Path) -> Path:
 
 
 def test_perplexity_of_one_model(drt: Drt, checkpoint: Path, text: Path) -> None:
-    result = drt("eval", "perplexity", "--checkpoint", checkpoint, "--data", text, "--lengths", "100,1K")
+    result = drt(
+        "eval",
+        "perplexity",
+        "--checkpoint",
+        checkpoint,
+        "--data",
+        text,
+        "--lengths",
+        "100,200,300,400,500,600",
+    )
     assert result.exit_code == 0, result.output
     (record,) = read_records("perplexity.jsonl", PerplexityRecord)
     assert (record.document, record.length, record.checkpoint) == ("book.txt", 636, str(checkpoint))
-    assert record.positions == [100, 256, 512, 1024]
+    assert record.positions == [100, 200, 256, 300, 400, 500, 512, 600, 1024]
     assert "Language modelling: book.txt" in result.output
-    assert "0-100" in result.output
+    (heads,) = [line for line in result.output.splitlines() if "0-100" in line]
+    assert heads.split()[-2:] == ["500-600", "600-"], "all columns, however narrow the terminal"
 
 
 def test_two_models_are_compared(drt: Drt, runs: Path, text: Path) -> None:

@@ -113,7 +113,7 @@ def summarization(
 
 def _write_and_show(records: Iterable[AnswerRecord], path: Path) -> None:
     """Write each record as it comes, then print a table a task."""
-    from drt.cli.tables import to_rich
+    from drt.cli.tables import print_table
     from drt.eval.results import RecordWriter
     from drt.report.models import group_seeds
     from drt.report.tables import answer_table
@@ -126,5 +126,5 @@ def _write_and_show(records: Iterable[AnswerRecord], path: Path) -> None:
     console = Console()
     for task in dict.fromkeys(record.task for record in written):
         chosen = [record for record in written if record.task == task]
-        console.print(to_rich(answer_table(task, group_seeds(chosen))))
+        print_table(console, answer_table(task, group_seeds(chosen)))
     console.print(f"records: {path}", highlight=False)

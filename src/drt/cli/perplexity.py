@@ -266,7 +266,7 @@ def _write_finished(done: dict[str, list[EvaluationRecord]], files: dict[str, Pa
 
 def show(records: Sequence[EvaluationRecord], settings: _Settings, reference: str | None) -> None:
     """Print the tables of perplexity records."""
-    from drt.cli.tables import to_rich
+    from drt.cli.tables import print_table
     from drt.eval.results import PerplexityRecord
     from drt.report.models import group_seeds
     from drt.report.tables import difference_table, perplexity_table
@@ -279,4 +279,4 @@ def show(records: Sequence[EvaluationRecord], settings: _Settings, reference: st
     if len(models) > 1:
         tables.append(difference_table(_data_name(settings), models, reference))
     for table in tables:
-        console.print(to_rich(table))
+        print_table(console, table)
