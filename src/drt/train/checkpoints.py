@@ -76,11 +76,13 @@ def explained(folder: Path) -> Iterator[None]:
         yield
     # The libraries that write weights and optimizer say in their own ways that the disk is full.
     except (OSError, SafetensorError, RuntimeError) as error:
+        free = shutil.disk_usage(folder.parent).free  # not every library says that the disk is full
         shutil.rmtree(folder, ignore_errors=True)
         whole, _ = find_checkpoints(folder.parent)
         kept = f"{whole[-1]} is whole, and the run goes on from there" if whole else "there is no earlier one"
         raise DRTError(
-            f"{folder} could not be written, {_reason(error)}; {kept}: make room and run the same command again"
+            f"{folder} could not be written, {_reason(error)} ({free / 1e6:,.1f} MB were free on the disk); {kept}: "
+            "make room and run the same command again"
         ) from error
 
 
