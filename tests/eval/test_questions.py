@@ -50,6 +50,15 @@ def test_records_show_passages_of_documents_and_of_the_conversation(
                 around = record.before + record.passage + record.after
                 assert around[:40].strip("\ufffd") in text.decode() + answer.text
     assert seen == {*documents, CONVERSATION}
+    # A question closes its chunk: chunks of the answer are counted from the question's end.
+    size, starts = model.config.chunk_size, set()
+    for answer in answers:
+        length = len(answer.question.encode())
+        first = archive.num_chunks + -(-length // size)
+        own = [record for record in answer.records if record.chunk >= first]
+        assert all(record.start == length + size * (record.chunk - first) for record in own)
+        starts |= {record.start for record in own}
+    assert starts
     steps = {record.step for record in answers[0].records}
     assert steps == {0, 15, 30, 45}
     for record in answers[0].records:
