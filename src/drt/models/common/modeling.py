@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils.generic import ModelOutput
 
 from drt.models.common.cache import DecoderCache
 from drt.models.common.configuration import DecoderConfig
+from drt.models.common.generation import OwnCacheGenerationMixin
 from drt.models.common.inputs import check_cache, check_inputs, check_labels
 from drt.models.common.loss import causal_loss, needs_no_logits
 from drt.models.common.rows import PackedRows, pack_rows
@@ -78,9 +78,10 @@ class DecoderPreTrainedModel(PreTrainedModel):
         return rows.pack(source), rows, cache
 
 
-class DecoderGenerationMixin(GenerationMixin):
+class DecoderGenerationMixin(OwnCacheGenerationMixin):
     """The language-modelling head of a baseline: ``self.model`` to hidden states, ``self.lm_head`` to logits."""
 
+    cache_class = DecoderCache
     model: DecoderPreTrainedModel
     vocab_size: int
     lm_head: nn.Linear
@@ -140,27 +141,5 @@ class DecoderGenerationMixin(GenerationMixin):
             )
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """`generate` would build a DynamicCache: give it ours."""
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and not isinstance(cache, DecoderCache):
-            raise ValueError(f"past_key_values must be a DecoderCache, got {type(cache).__name__}")
-        if generation_config.use_cache is not False and cache is None:
-            if generation_config.cache_implementation is not None:
-                raise ValueError(
-                    f"the model has a cache of its own; cache_implementation must be None, got "
-                    f"{generation_config.cache_implementation!r}"
-                )
-            model_kwargs["past_key_values"] = self.model.make_cache()
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Drop what says nothing of the tokens to come: the library would copy it whole for every token of a text."""
-        if outputs.get("past_key_values") is not None:
-            for name in ("attention_mask", "position_ids"):
-                model_kwargs.pop(name, None)
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+    def make_cache(self) -> DecoderCache:
+        return self.model.make_cache()

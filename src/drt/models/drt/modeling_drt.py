@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -23,6 +23,7 @@ from drt.layers.grouped_cross_attention import GroupedCrossAttention, RetrievedM
 from drt.layers.mlp import SwiGLU
 from drt.layers.retriever import Retriever
 from drt.layers.window_attention import WindowAttention, WindowState
+from drt.models.common.generation import OwnCacheGenerationMixin
 from drt.models.common.loss import causal_loss, needs_no_logits
 from drt.models.drt.cache_drt import DRTCache
 from drt.models.drt.chunk_layout import ChunkLayout, build_chunk_layout, upper_reach
@@ -376,8 +377,10 @@ class DRTModel(DRTPreTrainedModel):
         return flat[layout.encoder_index]
 
 
-class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
+class DRTForCausalLM(DRTPreTrainedModel, OwnCacheGenerationMixin):
     """DRT with a language-modelling head."""
+
+    cache_class = DRTCache
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (no ClassVar in the base class)
 
@@ -444,21 +447,8 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
             chunk_weights=outputs.chunk_weights,
         )
 
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """`generate` would build a DynamicCache: give it ours."""
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and not isinstance(cache, DRTCache):
-            raise ValueError(f"past_key_values must be a DRTCache, got {type(cache).__name__}")
-        if generation_config.use_cache is not False and cache is None:
-            if generation_config.cache_implementation is not None:
-                raise ValueError(
-                    f"DRT has a cache of its own; cache_implementation must be None, got "
-                    f"{generation_config.cache_implementation!r}"
-                )
-            model_kwargs["past_key_values"] = DRTCache(self.config)
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+    def make_cache(self) -> DRTCache:
+        return DRTCache(self.config)
 
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any
@@ -475,15 +465,6 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
             )
         model_kwargs["prompt_length"] = whole
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)  # type: ignore[misc,arg-type]
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Drop what says nothing of the tokens to come: the library would copy it whole for every token of a text."""
-        if outputs.get("past_key_values") is not None:
-            for name in ("attention_mask", "position_ids"):
-                model_kwargs.pop(name, None)
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,

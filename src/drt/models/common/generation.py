@@ -1,0 +1,46 @@
+"""What `generate` must know of models that have a cache of their own."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.utils.generic import ModelOutput
+
+
+class OwnCacheGenerationMixin(GenerationMixin):
+    """`generate` with the model's own cache, copying nothing that grows with the text for every token."""
+
+    cache_class: ClassVar[type[Cache]]
+
+    def make_cache(self) -> Cache:
+        """An empty cache."""
+        raise NotImplementedError
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """`generate` would build a DynamicCache: give it ours."""
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and not isinstance(cache, self.cache_class):
+            raise ValueError(
+                f"past_key_values must be a {self.cache_class.__name__}, got {type(cache).__name__}"
+            )
+        if generation_config.use_cache is not False and cache is None:
+            if generation_config.cache_implementation is not None:
+                raise ValueError(
+                    f"the model has a cache of its own; cache_implementation must be None, got "
+                    f"{generation_config.cache_implementation!r}"
+                )
+            model_kwargs["past_key_values"] = self.make_cache()
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Drop what says nothing of the tokens to come: the library would copy it whole for every token of a text."""
+        if outputs.get("past_key_values") is not None:
+            for name in ("attention_mask", "position_ids"):
+                model_kwargs.pop(name, None)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
