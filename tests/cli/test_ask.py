@@ -108,6 +108,10 @@ def test_the_trace_and_the_page_show_the_passages(ask: Run, book: Path) -> None:
         (["m", "ab\udcff"], r"the question 'ab\udcff' is not UTF-8 text"),
         (["nowhere", "who?"], "nowhere is not an archive: it has no manifest.json"),
         (["m", "who?", "--html", "m"], "--html m: cannot be written: Is a directory"),
+        (
+            ["m", "who?", "--trace", "x", "--html", "x"],
+            "--html x: wanted a file of its own, got that of --trace",
+        ),
         (["m", "who?", "--trace", "m/lock/trace"], "--trace m/lock/trace: cannot be written: "),
         (["m", "who?", "--device", "abacus"], "--device: wanted auto, cpu, cuda or cuda:N, got 'abacus'"),
     ],

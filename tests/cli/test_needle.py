@@ -249,6 +249,17 @@ def test_outputs_are_checked_before_anything_is_read(
     assert f"--plot {blocked / 'out.png'}: cannot be written" in refused("--plot", blocked / "out.png")
     (tmp_path / "folder.png").mkdir()
     assert "cannot be written: Is a directory" in refused("--plot", tmp_path / "folder.png")
+    same = ("--json", "out/../a.png", "--plot", tmp_path / "here" / "a.png")
+    assert refused(*same) == f"--plot {same[-1]}: wanted a file of its own, got that of --json"
+    assert not Path("a.png").exists()
+
+
+def test_the_haystack_is_not_written_over(refused: Run, tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("words " * 100)
+    message = f"--json {book}: wanted a file of its own, got that of what is read"
+    assert refused("--haystack", book, "--json", book) == message
+    assert book.read_text() == "words " * 100
 
 
 def test_a_mistake_leaves_earlier_records_as_they_are(needle: Run, drt: Run, checkpoint: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from drt.cli.shared import choose_device, choose_dtype, reading_progress
+from drt.cli.shared import check_outputs, choose_device, choose_dtype, reading_progress
 
 if TYPE_CHECKING:
     from drt.eval.results import AnswerRecord
@@ -53,6 +53,7 @@ def ruler(
     from drt.eval.ruler import evaluate_ruler
     from drt.models.loading import load_model
 
+    check_outputs({"--json": json})
     model, tokenizer = load_model(checkpoint, choose_dtype(dtype))
     model.to(choose_device(device))  # type: ignore[arg-type]
     records = evaluate_ruler(
@@ -93,6 +94,7 @@ def summarization(
     from drt.eval.summarization import evaluate_summaries
     from drt.models.loading import load_model
 
+    check_outputs({"--json": json}, [data])
     pairs = read_pairs(data, document_field, summary_field)[: samples or None]
     model, tokenizer = load_model(checkpoint, choose_dtype(dtype))
     model.to(choose_device(device))  # type: ignore[arg-type]

@@ -70,14 +70,12 @@ def ask(
     check_questions(questions)
 
     # Torch and transformers take seconds to import: not before `--help` and mistyped options are dealt with.
-    from drt.cli.shared import check_writable, load_checkpoint, open_archive
+    from drt.cli.shared import check_outputs, load_checkpoint, open_archive
     from drt.eval.questions import ask as ask_archive
     from drt.eval.results import RecordWriter
     from drt.plotting.retrieval import retrieval_page
 
-    for option, path in (("--trace", trace), ("--html", html)):
-        if path is not None:
-            check_writable(option, path)
+    check_outputs({"--trace": trace, "--html": html})
     loaded = load_checkpoint(checkpoint, device)
     with open_archive(folder, loaded) as archive:
         answers = ask_archive(loaded.model, loaded.tokenizer, archive, questions, max_new_tokens)

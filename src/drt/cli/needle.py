@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from drt.cli.shared import check_writable, load_checkpoint, reading_progress
+from drt.cli.shared import check_outputs, load_checkpoint, reading_progress
 from drt.errors import DRTError, Interrupted
 
 if TYPE_CHECKING:
@@ -118,7 +118,9 @@ def needle(
         chains=chains,
     )
     tokens_a_pass = parse_length(segment_size)
-    check_outputs(json, plot)
+    if plot.suffix not in FIGURES:
+        raise DRTError(f"--plot {plot}: wanted a file name that ends in {', '.join(FIGURES)}")
+    check_outputs({"--json": json, "--plot": plot}, haystack or ())
     if threads:
         torch.set_num_threads(threads)
     text = load_haystack(haystack)
@@ -144,18 +146,6 @@ def needle(
     console = Console()
     console.print(results_table(records))
     console.print(f"records: {json}, picture: {plot}", highlight=False)
-
-
-def check_outputs(records: Path, picture: Path) -> None:
-    """Make sure that both files can be written before hours go into what they shall hold; makes their folders.
-
-    Raises:
-        DRTError: a folder in the way, no permission, a picture of an unknown kind.
-    """
-    if picture.suffix not in FIGURES:
-        raise DRTError(f"--plot {picture}: wanted a file name that ends in {', '.join(FIGURES)}")
-    check_writable("--json", records)
-    check_writable("--plot", picture)
 
 
 class Watch:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from drt.cli.shared import choose_device, choose_dtype, reading_progress
+from drt.cli.shared import check_outputs, choose_device, choose_dtype, reading_progress
 from drt.errors import DRTError, Interrupted
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def perplexity(
     settings = _settings(
         data, split, lengths, shortest, longest, documents, segment_size, batch_size, threads, device, dtype
     )
+    check_outputs({"--json": json}, [data])
     models = {str(folder): folder for folder in checkpoint}
     records: list[EvaluationRecord] = []
     with RecordWriter(json) as writer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -107,12 +108,27 @@ def check_maker(loaded: LoadedModel, archive: Archive) -> None:
     archive.check(model_fingerprint(loaded.model), tokenizer_fingerprint(loaded.tokenizer))
 
 
-def check_writable(option: str, path: Path) -> None:
-    """Make sure that a file can be written before hours go into what it shall hold; makes its folder.
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path] = ()) -> None:
+    """Make sure that files can be written before hours go into what they shall hold; makes their folders.
+
+    Args:
+        outputs: option -> its file, or None where it is not given.
+        inputs: what the command reads.
 
     Raises:
-        DRTError: a folder in the way, no permission.
+        DRTError: a file of two options, or one that is also read; a folder in the way, no permission.
     """
+    taken = {path.resolve(): "what is read" for path in inputs}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        other = taken.setdefault(path.resolve(), option)
+        if other != option:
+            raise DRTError(f"{option} {path}: wanted a file of its own, got that of {other}")
+        _check_writable(option, path)
+
+
+def _check_writable(option: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
