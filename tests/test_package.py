@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
+import tarfile
 from importlib.metadata import entry_points, metadata, requires
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from hatchling.builders.sdist import SdistBuilder
 from packaging.requirements import Requirement
 
 import drt
@@ -46,7 +47,13 @@ def test_every_direct_dependency_has_an_exact_pin_in_its_range(name: str) -> Non
     assert all(requirement.specifier.contains(constraints()[name]) for requirement in found)
 
 
-def test_source_distribution_names_what_exists() -> None:
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    for path in settings["tool"]["hatch"]["build"]["targets"]["sdist"]["only-include"]:
-        assert (ROOT / path).exists(), path
+def test_the_source_distribution_holds_what_its_tests_need(tmp_path: Path) -> None:
+    builder = SdistBuilder(str(ROOT))
+    with tarfile.open(next(builder.build(directory=str(tmp_path)))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in ("src", "tests", "configs", "benchmarks", "docs", "examples"):
+        files_there = (path for path in (ROOT / folder).rglob("*") if path.is_file())
+        wanted = {str(path.relative_to(ROOT)) for path in files_there if path.suffix != ".pyc"}
+        assert wanted
+        assert not wanted - held
+    assert {"constraints.txt", "Makefile", "README.md", "LICENSE", "pyproject.toml"} <= held
