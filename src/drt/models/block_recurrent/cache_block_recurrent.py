@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from drt.layers.recurrent_cell import OpenBlock
-from drt.models.drt.cache_drt import WindowCacheLayer
+from drt.models.common.cache import WindowCacheLayer
 
 
 class RecurrentCacheLayer(WindowCacheLayer):

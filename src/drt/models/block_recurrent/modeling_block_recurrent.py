@@ -14,9 +14,8 @@ from drt.layers.mlp import SwiGLU
 from drt.layers.recurrent_cell import RecurrentCell
 from drt.models.block_recurrent.cache_block_recurrent import RecurrentCacheLayer
 from drt.models.block_recurrent.configuration_block_recurrent import BlockRecurrentConfig
-from drt.models.common.cache import DecoderCache
+from drt.models.common.cache import DecoderCache, WindowCacheLayer
 from drt.models.common.modeling import DecoderGenerationMixin, DecoderPreTrainedModel
-from drt.models.drt.cache_drt import WindowCacheLayer
 from drt.models.window.modeling_window import WindowLayer
 
 

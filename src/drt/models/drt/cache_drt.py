@@ -3,82 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from drt.errors import DRTError
 from drt.layers.grouped_cross_attention import RetrievedMemory
 from drt.memory import Archive, ArchiveDescription, ArchiveWriter, ChunkStore, DeviceStore
+from drt.models.common.cache import WindowCacheLayer
 from drt.models.drt.chunk_layout import ChunkLayout
 from drt.models.drt.configuration_drt import DRTConfig
 from drt.models.drt.fingerprint import model_fingerprint
 
 SAVED_AT_ONCE = 1024  # chunks
-
-
-class WindowCacheLayer(CacheLayerMixin):
-    """The last ``window - 1`` keys and values of one layer, (B, P, h_kv, D), aligned at the right."""
-
-    is_compileable = False
-    is_sliding = True
-
-    def __init__(self, window: int) -> None:
-        super().__init__()
-        self.window = window
-        self.held: Tensor | None = None  # (B,) valid positions in each row, None while all rows agree
-        self.row_lengths: Tensor | None = None  # (B,) new positions of each row, None while all rows agree
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :0], value_states[:, :0]
-        self.is_initialized = True
-
-    def update(  # type: ignore[override]  # a third result: only our layers read this cache
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Take (B, L, h_kv, D); return held + new keys and values, and each row's first valid slot or None."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
-        held_slots = self.keys.shape[1]
-        keys, values = torch.cat([self.keys, key_states], 1), torch.cat([self.values, value_states], 1)
-        if self.row_lengths is None and self.held is None:
-            keep = min(self.window - 1, keys.shape[1])
-            self.keys, self.values = _last(keys, keep), _last(values, keep)
-            return keys, values, None
-        held = torch.full((keys.shape[0],), held_slots) if self.held is None else self.held
-        new = torch.full_like(held, key_states.shape[1]) if self.row_lengths is None else self.row_lengths
-        keep = min(self.window - 1, keys.shape[1])
-        slots = held_slots + new.unsqueeze(1) - keep + torch.arange(keep)
-        index = slots.clamp_min(0).to(keys.device)[..., None, None].expand(-1, -1, *keys.shape[2:])
-        self.keys, self.values = keys.gather(1, index), values.gather(1, index)
-        self.held = (held + new).clamp_max(keep)
-        return keys, values, (held_slots - held).to(keys.device)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length + self.get_seq_length(), 0
-
-    def get_seq_length(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[1]
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def forget(self) -> None:
-        """Hold nothing."""
-        self.keys = self.values = self.held = self.row_lengths = None
-        self.is_initialized = False
-
-    def select_rows(self, rows: Tensor) -> None:
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys[rows], self.values[rows]
-        if self.held is not None:
-            self.held = self.held[rows.cpu()]
 
 
 class DRTCache(Cache):
@@ -302,9 +242,3 @@ class DRTCache(Cache):
 
 def _unless_equal(row_lengths: Tensor) -> Tensor | None:
     return row_lengths if bool((row_lengths != row_lengths[0]).any()) else None
-
-
-def _last(tensor: Tensor, count: int) -> Tensor:
-    """The last slots, cloned when they are a small part, so that a long pass's keys are not kept alive."""
-    kept = tensor[:, tensor.shape[1] - count :]
-    return kept.clone() if 2 * count < tensor.shape[1] else kept

@@ -10,9 +10,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from drt.layers.mlp import SwiGLU
 from drt.layers.window_attention import WindowAttention, WindowState
-from drt.models.common.cache import DecoderCache
+from drt.models.common.cache import DecoderCache, WindowCacheLayer
 from drt.models.common.modeling import DecoderGenerationMixin, DecoderPreTrainedModel
-from drt.models.drt.cache_drt import WindowCacheLayer
 from drt.models.window.configuration_window import WindowConfig
 
 
