@@ -8,6 +8,7 @@ An archive is a folder:
     index.bin                where its text lies, and the checksum of its record
     text.bin                 the text of the documents
     state-N.safetensors      the decoding state at the end of the text, of segment N
+    landmarks.faiss          an index of landmarks, where one was made (`drt.memory.approximate_index`)
     lock                     locked by the process that writes
 
 Data files only grow, and whatever lies in them past the committed point does not exist: a writer that is killed
@@ -29,14 +30,17 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from drt.errors import DRTError
+from drt.memory.approximate_index import INDEX_FILE, ApproximateIndex, indexed_point, load_index
 from drt.memory.archive_files import ArchiveFiles, ArchivePage
 from drt.memory.chunk_codec import Fields
-from drt.memory.landmark_index import PlacedPage
+from drt.memory.landmark_index import LandmarkIndex, NearestLandmarks, PlacedPage
 from drt.memory.manifest import DATA_FILES, Manifest, Point, Segment
 from drt.memory.paged_store import Page, PagedStore
 from drt.memory.tensor_page import TensorPage
 
 MANIFEST, JOURNAL = "manifest.json", "segments.jsonl"
+SEARCHES = ("auto", "exact", "index")
+INDEXED_FROM = 2**20  # chunks; benchmarks/landmark_index.py measured where a search by index is worth it
 _ATTEMPTS = 50  # a reader meets a commit between two of its reads very seldom twice in a row
 
 
@@ -76,10 +80,16 @@ class Archive:
     """An archive opened for reading, as of its last finished build or append; writers do not disturb it.
 
     Make it with `Archive.open`; it is a context manager, or is closed with `close`.
+
+    Attributes:
+        search: of landmarks by the stores that are made of it: "exact" scores all; "index" asks the archive's index
+            (`ArchiveWriter.index`) for candidates among those that it covers; "auto", the default, does so where an
+            index covers at least `INDEXED_FROM`. A writer's store is searched exactly.
     """
 
     def __init__(self, path: Path, manifest: Manifest, point: Point, files: ArchiveFiles) -> None:
         self.path, self.description, self.point = path, manifest.description, point
+        self.search = "auto"
         self.finished = manifest.finished == manifest.head
         self._files = files
         self._documents: list[Document] = []
@@ -152,7 +162,22 @@ class Archive:
         sizes[MANIFEST] = (self.path / MANIFEST).stat().st_size
         if self.point.state_file is not None:
             sizes[self.point.state_file] = self.point.state_bytes
+        if (self.path / INDEX_FILE).exists():
+            sizes[INDEX_FILE] = (self.path / INDEX_FILE).stat().st_size
         return sizes
+
+    @property
+    def num_indexed(self) -> int:
+        """Leading chunks whose landmarks the archive's index covers, 0 without one.
+
+        Raises:
+            DRTError: it is not this archive's, or damaged.
+        """
+        point = indexed_point(self.path)
+        if point is None:
+            return 0
+        check_index(self.path, point)
+        return point.chunks
 
     @property
     def documents(self) -> list[Document]:
@@ -184,10 +209,30 @@ class Archive:
         return self._files.text(document.text_start + start, document.text_start + stop)
 
     def store(self) -> ArchiveStore:
-        """The chunks as a store of one row. What is appended to it stays in this process's memory."""
-        return ArchiveStore(
-            ArchivePage(self._files, self.num_chunks), self.num_chunks, self.description.dtype
-        )
+        """The chunks as a store of one row. What is appended to it stays in this process's memory.
+
+        Raises:
+            DRTError: the index that is to be searched is missing, damaged or another archive's.
+            ValueError: an unknown `search`.
+        """
+        index = self._index()
+        page = ArchivePage(self._files, self.num_chunks, index)
+        return ArchiveStore(page, self.num_chunks, self.description.dtype, index)
+
+    def _index(self) -> ApproximateIndex | None:
+        """What `search` says: the index, or ``None`` for an exact search."""
+        if self.search not in SEARCHES:
+            raise ValueError(f"search must be {', '.join(SEARCHES)}, got {self.search!r}")
+        if self.search == "exact":
+            return None
+        indexed = self.num_indexed
+        if indexed > self.num_chunks:  # made after this archive was opened
+            indexed = 0
+        if self.search == "index" and not indexed:
+            raise DRTError(f"{self.path} has no landmark index; drt memory index makes one")
+        if self.search == "auto" and indexed < INDEXED_FROM:
+            return None
+        return load_index(self.path, verify=self._files.verify)
 
     def state(self) -> dict[str, Tensor]:
         """The decoding state at the end of the text, as it was committed; empty before the first commit."""
@@ -262,10 +307,13 @@ class Archive:
 class ArchiveStore(PagedStore):
     """The chunks of an archive, and in memory those that are appended to them."""
 
-    def __init__(self, page: Page, count: int, dtype: str) -> None:
+    def __init__(self, page: Page, count: int, dtype: str, index: NearestLandmarks | None = None) -> None:
         super().__init__(dtype, None)
         self._pages = [PlacedPage(page, 0)]
-        self._counts = torch.tensor([count])
+        self._counts, self._index = torch.tensor([count]), index
+
+    def landmark_blocks(self) -> LandmarkIndex:
+        return LandmarkIndex(self._pages, self._counts, self._index)
 
     def append(
         self, keys: Tensor, values: Tensor, landmarks: Tensor, lengths: Tensor, new_counts: Tensor
@@ -304,6 +352,18 @@ def read_journal(path: Path, point: Point, verify: bool) -> list[Segment]:
     if len(segments) != point.segments:
         raise DRTError(f"{path} is damaged: wanted {point.segments} segments, got {len(segments)}")
     return segments
+
+
+def check_index(folder: Path, point: Point) -> None:
+    """Make sure that an index was made of this archive, as it was at some point.
+
+    Raises:
+        DRTError: of another one.
+    """
+    with (folder / JOURNAL).open("rb") as file:
+        content = file.read(point.journal_bytes)
+    if hashlib.sha256(content).hexdigest() != point.journal_sha256:
+        raise DRTError(f"{folder / INDEX_FILE} was made of another archive; drt memory index makes it anew")
 
 
 def read_state(folder: Path, point: Point, verify: bool) -> dict[str, Tensor]:

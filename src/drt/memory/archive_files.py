@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from drt.errors import DRTError
+from drt.memory.approximate_index import INDEX_FILE, ApproximateIndex
 from drt.memory.chunk_codec import ChunkCodec, FieldSpec, unpack
 from drt.memory.manifest import DATA_FILES, ArchiveDescription, Segment
 from drt.memory.record_file import RecordFile
@@ -170,10 +171,11 @@ class ArchivePage:
     Args:
         files: of the archive.
         capacity: chunks that a reader sees.
+        index: of its landmarks, if they are searched by one.
     """
 
-    def __init__(self, files: ArchiveFiles, capacity: int) -> None:
-        self._files, self._capacity = files, capacity
+    def __init__(self, files: ArchiveFiles, capacity: int, index: ApproximateIndex | None = None) -> None:
+        self._files, self._capacity, self._index = files, capacity, index
 
     @property
     def capacity(self) -> int:
@@ -202,8 +204,17 @@ class ArchivePage:
 
     def landmarks_at(self, row: Tensor, slot: Tensor) -> Tensor:
         chunks = slot.cpu()
-        self._files.check(LANDMARKS, chunks.tolist())
-        return self._files.files[LANDMARKS].read(chunks).view(self._files.landmark_dtype)
+        landmarks = self._files.files[LANDMARKS].read(chunks).view(self._files.landmark_dtype)
+        if self._index is None:
+            self._files.check(LANDMARKS, chunks.tolist())
+            return landmarks
+        # Candidates lie anywhere: to check their segments would be to read nearly all that the index saves.
+        indexed = chunks < self._index.num_landmarks
+        self._files.check(LANDMARKS, chunks[~indexed].tolist())
+        if self._files.verify and not self._index.is_sound(chunks[indexed], landmarks[indexed]):
+            name = self._files.files[LANDMARKS].name
+            raise DRTError(f"{name} is damaged: a landmark is not the one that {INDEX_FILE} was made of")
+        return landmarks
 
     def _check(self, chunks: Tensor, records: Tensor) -> None:
         committed = chunks < self._files.num_chunks  # what is not, was written by this process

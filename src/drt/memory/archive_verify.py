@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from drt.errors import DRTError
-from drt.memory.archive import JOURNAL, MANIFEST, read_journal, read_state
+from drt.memory.approximate_index import INDEX_FILE, check_digest, indexed_point
+from drt.memory.archive import JOURNAL, MANIFEST, check_index, read_journal, read_state
 from drt.memory.archive_files import ArchiveFiles
 from drt.memory.manifest import DATA_FILES, Manifest
 
@@ -37,6 +38,7 @@ def verify_archive(path: Path | str, on_progress: Callable[[int], None] | None =
     finally:
         files.close()
     problems += _states(folder, manifest)
+    problems += _index(folder, on_progress)
     if manifest.finished != manifest.head:
         problems.append(
             f"{folder} is not finished: {manifest.head.tokens:,} tokens are committed; run the same command again and "
@@ -73,3 +75,18 @@ def _states(folder: Path, manifest: Manifest) -> list[str]:
         except DRTError as error:
             problems.append(str(error))
     return problems
+
+
+def _index(folder: Path, on_progress: Callable[[int], None] | None) -> list[str]:
+    """What is wrong with the index of landmarks, where there is one."""
+    path = folder / INDEX_FILE
+    try:
+        point = indexed_point(folder)
+        if point is not None:
+            check_index(folder, point)
+            check_digest(folder)
+            if on_progress is not None:
+                on_progress(path.stat().st_size)
+    except DRTError as error:
+        return [str(error)]
+    return []

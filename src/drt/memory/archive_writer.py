@@ -6,18 +6,20 @@ import fcntl
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from drt.errors import DRTError
+from drt.memory.approximate_index import INDEX_FILE, build_index, dump_index, training_size
 from drt.memory.archive import JOURNAL, MANIFEST, Archive, ArchiveStore, Document
 from drt.memory.archive_files import CHUNKS, INDEX, INDICES, LANDMARKS, TEXT, ArchiveFiles, ArchivePage
 from drt.memory.chunk_codec import Fields, pack
@@ -209,6 +211,32 @@ class ArchiveWriter(Archive):
         self._replace(MANIFEST, self._manifest.dump())
         self._journal = journal
         self._advance(point, segment, state, finished)
+
+    def index(self, on_progress: Callable[[int], None] | None = None) -> None:
+        """Make the index of all landmarks, in place of one that the archive has; readers then search it.
+
+        Args:
+            on_progress: called with numbers of landmarks just added.
+
+        Raises:
+            DRTError: the archive is not finished or holds nothing, a segment is damaged, faiss is not installed, the
+                disk is full or fails.
+        """
+        count = self.num_chunks
+        if not self.finished or not count:
+            raise DRTError(f"{self.path} is not finished: finish its build before it is indexed")
+        page = ArchivePage(self._files, count)
+        size = training_size(count)
+        chosen = torch.arange(size) * count // size
+
+        def blocks() -> Iterator[Tensor]:
+            for first, last in page.landmark_ranges(count):
+                yield page.landmarks(first, last)[0]
+                if on_progress is not None:
+                    on_progress(last - first)
+
+        index = build_index(self.point, page.landmarks_at(torch.zeros_like(chosen), chosen), blocks())
+        self._replace(INDEX_FILE, dump_index(index))
 
     def _advance(self, point: Point, segment: Segment, state: Mapping[str, Tensor], finished: bool) -> None:
         """See the archive as it now is."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar, overload
 
 import torch
@@ -36,6 +36,19 @@ class PlacedPage(NamedTuple, Generic[AnyPage]):
     rows: Tensor | None = None
 
 
+class NearestLandmarks(Protocol):
+    """Finds the largest dot products among the first landmarks of a memory, most of them, without reading all."""
+
+    @property
+    def num_landmarks(self) -> int:
+        """It knows the landmarks [0, num_landmarks)."""
+        ...
+
+    def search(self, query: Tensor, count: int) -> Tensor:
+        """At least ``count`` candidates (m, R) int64 for queries (m, H), in any order, -1 for an empty slot."""
+        ...
+
+
 class LandmarkIndex(Sequence[Tensor]):
     """Landmarks of B rows in order, as blocks (B, n_i, H) that are read when they are asked for.
 
@@ -44,14 +57,22 @@ class LandmarkIndex(Sequence[Tensor]):
     Args:
         pages: of the store, in order.
         counts: (B,) chunks that each row holds.
+        index: of the first landmarks, the same for every row; ``None``: there is none.
 
     Attributes:
         num_landmarks: of the longest row.
+        num_indexed: leading landmarks that `nearest` searches.
     """
 
-    def __init__(self, pages: Sequence[PlacedPage[LandmarkPage]], counts: Tensor) -> None:
-        self._pages = pages
+    def __init__(
+        self,
+        pages: Sequence[PlacedPage[LandmarkPage]],
+        counts: Tensor,
+        index: NearestLandmarks | None = None,
+    ) -> None:
+        self._pages, self._index = pages, index
         self._batch_size = len(counts)
+        self.num_indexed = 0 if index is None else index.num_landmarks
         self.num_landmarks = held = int(counts.max()) if len(counts) else 0
         ends = [placed.start for placed in pages[1:]] + [held]
         self._blocks = [
@@ -78,6 +99,20 @@ class LandmarkIndex(Sequence[Tensor]):
         if len(landmarks) == 1:  # all rows are one: nothing is copied
             return landmarks.expand(self._batch_size, -1, -1)
         return landmarks[placed.rows]
+
+    def blocks(self, start: int) -> Iterator[tuple[int, Tensor]]:
+        """From landmark ``start`` on: blocks (B, n_i, H) in order, each with the number of its first."""
+        for number, (placed, first, last) in enumerate(self._blocks):
+            skipped = max(0, start - placed.start - first)
+            if skipped < last - first:
+                yield placed.start + first + skipped, self[number][:, skipped:]
+
+    def nearest(self, query: Tensor, count: int) -> Tensor:
+        """At least ``count`` candidates (B, N, R) for the largest dot products of queries (B, N, H) with the indexed
+        landmarks, in any order, -1 for an empty slot."""
+        assert self._index is not None
+        found = self._index.search(query.detach().flatten(0, 1).float().cpu(), count)
+        return found.to(query.device).unflatten(0, query.shape[:2])
 
     def read(self, chunk_indices: Tensor) -> Tensor:
         """Landmarks (B, N, K, H) of chunks (B, N, K), all of which must be held."""

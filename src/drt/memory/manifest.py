@@ -166,7 +166,7 @@ class Segment:
             raise ValueError(f"crc32: wanted {len(DATA_FILES)} numbers, got {crc32!r}")
         if not isinstance(parts, list):
             raise ValueError(f"parts: wanted a list, got {parts!r}")
-        return cls(tuple(crc32), tuple(_build(DocumentPart, part, "parts") for part in parts))
+        return cls(tuple(crc32), tuple(from_json(DocumentPart, part, "parts") for part in parts))
 
 
 @dataclass(frozen=True)
@@ -224,9 +224,9 @@ class Manifest:
             raise ValueError(f"wanted description, head and finished, got {', '.join(sorted(value))}")
         finished = value["finished"]
         return cls(
-            _build(ArchiveDescription, value["description"], "description"),
-            _build(Point, value["head"], "head"),
-            None if finished is None else _build(Point, finished, "finished"),
+            from_json(ArchiveDescription, value["description"], "description"),
+            from_json(Point, value["head"], "head"),
+            None if finished is None else from_json(Point, finished, "finished"),
         )
 
 
@@ -238,7 +238,7 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _build(kind: type[T], value: object, where: str) -> T:
+def from_json(kind: type[T], value: object, where: str) -> T:
     """A dataclass of plain fields from a JSON object with just those fields."""
     types = get_type_hints(kind)
     if not isinstance(value, dict) or value.keys() != types.keys():

@@ -37,8 +37,18 @@ class LandmarkSource(Protocol):
         """Of the longest row."""
         ...
 
-    def __iter__(self) -> Iterator[Tensor]:
-        """Blocks (B, n_i, H) in order."""
+    @property
+    def num_indexed(self) -> int:
+        """Leading landmarks of every row that `nearest` searches, so that they need not all be scored; 0: none."""
+        ...
+
+    def nearest(self, query: Tensor, count: int) -> Tensor:
+        """At least ``count`` candidates (B, N, R) for the largest dot products of queries (B, N, H) with the indexed
+        landmarks, in any order, -1 for an empty slot."""
+        ...
+
+    def blocks(self, start: int) -> Iterator[tuple[int, Tensor]]:
+        """From landmark ``start`` on: blocks (B, n_i, H) in order, each with the number of its first."""
         ...
 
     def read(self, chunk_indices: Tensor) -> Tensor:
@@ -58,7 +68,8 @@ def retrieve_chunks(
 ) -> RetrievedChunks:
     """Select chunks and weight them: softmax over the selected of r = scale * query . landmark.
 
-    Gradient reaches query, landmarks and scale by way of the weights; the selection itself has none.
+    However the chunks were found, the scores that become weights are computed in float32, of the landmarks as they are
+    held. Gradient reaches query, landmarks and scale by way of the weights; the selection itself has none.
 
     Args:
         query: (B, N, H).
@@ -79,10 +90,8 @@ def retrieve_chunks(
         query, landmarks, visible, top_k=top_k, scale=scale, gumbel=gumbel, generator=generator
     )
     empty = chunk_indices < 0
-    chosen = _chosen_landmarks(blocks, chunk_indices, query)
     with torch.autocast(query.device.type, enabled=False):  # it would round the scores to 16 bits
-        scores = torch.einsum("bnh,bnkh->bnk", query.float(), chosen.float()) * scale
-    scores = scores.masked_fill(empty, -torch.inf)
+        scores = _scores_of(chunk_indices, query, blocks, scale).masked_fill(empty, -torch.inf)
     # A query that sees nothing has no softmax; its weights are 0 by definition.
     weights = torch.softmax(scores.masked_fill(empty.all(-1, keepdim=True), 0.0), -1).masked_fill(empty, 0.0)
     return RetrievedChunks(chunk_indices, weights, scores)
@@ -102,7 +111,9 @@ def select_chunks(
     """Indices (B, N, K) of the best visible chunks, best first, -1 for an empty slot; arguments as `retrieve_chunks`.
 
     Scores are computed in float32, a block of queries by a block of landmarks at a time; a running top-k is kept.
-    On a GPU nothing here makes the host wait.
+    Landmarks that are indexed are not scanned where every query sees all of them or nothing: the index names
+    candidates, which are ranked by their scores. Noise wants every score, so with ``gumbel`` all are scanned.
+    On a GPU nothing here makes the host wait, but for an index.
     """
     blocks = _as_source(landmarks)
     _validate(query, blocks, visible, top_k)
@@ -129,11 +140,15 @@ def _select_block(
 ) -> Tensor:
     best = query.new_full((*query.shape[:2], top_k), -torch.inf, dtype=torch.float32)
     indices = torch.full(best.shape, -1, device=query.device)
+    start = 0
+    if not gumbel and _all_see_the_indexed(blocks, visible):
+        start = blocks.num_indexed
+        best, indices = _rank_candidates(query, blocks, visible, top_k, scale)
     looking = _may_look(visible)
     sees_most, sees_least = blocks.num_landmarks, 0
     if looking:
         sees_most, sees_least = int(visible.max()), int(visible.min())
-    for first, landmarks in _columns(blocks, sees_most):
+    for first, landmarks in _columns(blocks, start, sees_most):
         scores = _scores(query, landmarks, scale)
         last = first + landmarks.shape[1]
         if gumbel:
@@ -150,6 +165,29 @@ def _select_block(
     return torch.where(best > -torch.inf, indices, -1)
 
 
+def _all_see_the_indexed(blocks: LandmarkSource, visible: Tensor) -> bool:
+    """Whether there is an index, and every query sees all that it holds or nothing."""
+    indexed = blocks.num_indexed
+    return indexed > 0 and bool(((visible >= indexed) | (visible == 0)).all())
+
+
+def _rank_candidates(
+    query: Tensor, blocks: LandmarkSource, visible: Tensor, top_k: int, scale: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scores and indices (B, n, K) of the best that the index names, best first."""
+    found = blocks.nearest(query * scale, top_k)
+    scores = _scores_of(found, query, blocks, scale)
+    scores = scores.masked_fill((found < 0) | (visible == 0).unsqueeze(-1), -torch.inf)
+    best, order = scores.topk(top_k, -1)
+    return best, found.gather(-1, order)
+
+
+def _scores_of(chunk_indices: Tensor, query: Tensor, blocks: LandmarkSource, scale: float | Tensor) -> Tensor:
+    """(B, N, K) float32 scores of chunks (B, N, K); anything at empty slots."""
+    chosen = _chosen_landmarks(blocks, chunk_indices, query)
+    return torch.einsum("bnh,bnkh->bnk", query.float(), chosen.float()) * scale
+
+
 def _may_look(tensor: Tensor) -> bool:
     """Whether a tensor's values may be read: elsewhere the device would stall, or a compiled graph break."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -162,39 +200,49 @@ def _scores(query: Tensor, landmarks: Tensor, scale: float | Tensor) -> Tensor:
     return (query.float() * scale) @ landmarks.to(query.device).float().mT
 
 
-def _columns(blocks: LandmarkSource, sees_most: int) -> Iterator[tuple[int, Tensor]]:
-    """(index of the first, landmarks) of pieces of bounded size, as far as any query sees."""
-    offset = 0
-    for block in blocks:
+def _columns(blocks: LandmarkSource, start: int, sees_most: int) -> Iterator[tuple[int, Tensor]]:
+    """(index of the first, landmarks) of pieces of bounded size, from ``start`` as far as any query sees."""
+    if start >= sees_most:  # no block need be read
+        return
+    for offset, block in blocks.blocks(start):
         held = min(block.shape[1], sees_most - offset)
         step = LANDMARK_BLOCK if block.device.type == "cpu" else LANDMARK_BLOCK_GPU
         for first in range(0, held, step):
             yield offset + first, block[:, first : min(first + step, held)]
-        offset += block.shape[1]
-        if offset >= sees_most:  # the next block need not be read
+        if offset + block.shape[1] >= sees_most:  # the next block need not be read
             break
 
 
 class _Blocks:
     """Landmarks at hand as a `LandmarkSource`."""
 
+    num_indexed = 0
+
     def __init__(self, blocks: Sequence[Tensor]) -> None:
-        self.blocks = blocks
+        self.held = blocks
 
     @property
     def num_landmarks(self) -> int:
-        return sum(block.shape[1] for block in self.blocks)
+        return sum(block.shape[1] for block in self.held)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.blocks)
+    def nearest(self, query: Tensor, count: int) -> Tensor:
+        raise NotImplementedError("nothing is indexed")
+
+    def blocks(self, start: int) -> Iterator[tuple[int, Tensor]]:
+        offset = 0
+        for block in self.held:
+            skipped = max(0, start - offset)
+            if skipped < block.shape[1]:
+                yield offset + skipped, block[:, skipped:]
+            offset += block.shape[1]
 
     def read(self, chunk_indices: Tensor) -> Tensor:
         rows = torch.arange(chunk_indices.shape[0], device=chunk_indices.device).view(-1, 1, 1)
-        if len(self.blocks) == 1:
-            return self.blocks[0][rows, chunk_indices]
-        chosen = self.blocks[0].new_zeros(*chunk_indices.shape, self.blocks[0].shape[-1])
+        if len(self.held) == 1:
+            return self.held[0][rows, chunk_indices]
+        chosen = self.held[0].new_zeros(*chunk_indices.shape, self.held[0].shape[-1])
         offset = 0
-        for block in self.blocks:
+        for block in self.held:
             inside = (chunk_indices >= offset) & (chunk_indices < offset + block.shape[1])
             row, at, slot = inside.nonzero(as_tuple=True)
             if len(row):
@@ -206,7 +254,7 @@ class _Blocks:
 
     def validate(self, query: Tensor) -> None:
         """Raise ValueError for a block of another shape."""
-        for block in self.blocks:
+        for block in self.held:
             if block.dim() != 3 or block.shape[0] != query.shape[0] or block.shape[2] != query.shape[2]:
                 raise ValueError(
                     f"landmarks must be ({query.shape[0]}, C, {query.shape[2]}), got {tuple(block.shape)}"
