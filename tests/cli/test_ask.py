@@ -80,6 +80,12 @@ def test_generate_goes_on_after_an_archive(ask: Run, drt: Run, checkpoint: Path,
     )
 
 
+def test_generate_searches_an_archive_as_it_is_told(refuses: Run, checkpoint: Path, archive: str) -> None:
+    arguments = ("generate", "who?", "--checkpoint", checkpoint, "--search")
+    assert "m has no landmark index" in refuses(*arguments, "index", "--memory", archive)
+    assert "--search: only with --memory" in refuses(*arguments, "exact")
+
+
 def test_the_trace_and_the_page_show_the_passages(ask: Run, book: Path) -> None:
     ask("who?", "why?", "--max-new-tokens", 20, "--trace", "out/trace.jsonl", "--html", "out/page.html")
     records = read_records("out/trace.jsonl", RetrievalRecord)
@@ -113,6 +119,8 @@ def test_the_trace_and_the_page_show_the_passages(ask: Run, book: Path) -> None:
             "--html x: wanted a file of its own, got that of --trace",
         ),
         (["m", "who?", "--trace", "m/lock/trace"], "--trace m/lock/trace: cannot be written: "),
+        (["m", "who?", "--search", "quick"], "--search: wanted auto, exact or index, got 'quick'"),
+        (["m", "who?", "--search", "index"], "m has no landmark index; drt memory index makes one"),
         (["m", "who?", "--device", "abacus"], "--device: wanted auto, cpu, cuda or cuda:N, got 'abacus'"),
     ],
 )

@@ -135,6 +135,30 @@ def test_append_adds_documents_once(
     assert "drt memory append adds documents to it" in refuses(*build_again, book)
 
 
+def test_an_index_is_told_of_used_and_verified(
+    drt: Run, build: Run, checkpoint: Path, book: Path, other: Path
+) -> None:
+    pytest.importorskip("faiss", reason="faiss is not installed: pip install faiss-cpu")
+    build(book, "-o", "m")
+    chunks = facts(drt, "m")["chunks"]
+    result = drt("memory", "index", "m")
+    assert (result.exit_code, result.stdout) == (0, f"m: {chunks} chunks are indexed\n")
+    assert f"index      of {chunks} chunks" in drt("memory", "info", "m").stdout
+    options = ("--checkpoint", checkpoint, "--device", "cpu")
+    assert drt("memory", "append", *options, "m", other).exit_code == 0
+    known = facts(drt, "m")
+    assert known["indexed"] == chunks < known["chunks"]
+    assert known["bytes"] == sum(file.stat().st_size for file in Path("m").iterdir())
+    answers = [drt("ask", "m", "who?", *options, "--search", how).stdout for how in ("index", "exact")]
+    assert answers[0] == answers[1] != ""
+    assert drt("memory", "verify", "m").exit_code == 0
+    path = Path("m", "landmarks.faiss")
+    path.write_bytes(path.read_bytes()[:-1])
+    result = drt("memory", "verify", "m")
+    assert result.exit_code == 1
+    assert result.stdout == f"{path} is damaged: its checksum is not that of its content\n"
+
+
 @pytest.mark.parametrize(
     "name", ["chunks.bin", "landmarks.bin", "index.bin", "text.bin", "segments.jsonl", "manifest.json"]
 )

@@ -50,6 +50,13 @@ def ask(
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")
     ] = "auto",
+    search: Annotated[
+        str,
+        typer.Option(
+            help="exact: score every chunk. index: those that drt memory index finds near. "
+            "auto: by an index of a million chunks or more, else exact."
+        ),
+    ] = "auto",
 ) -> None:
     """Ask questions of an archive. It is read only: the questions leave nothing in it.
 
@@ -77,7 +84,7 @@ def ask(
 
     check_outputs({"--trace": trace, "--html": html})
     loaded = load_checkpoint(checkpoint, device)
-    with open_archive(folder, loaded) as archive:
+    with open_archive(folder, loaded, search) as archive:
         answers = ask_archive(loaded.model, loaded.tokenizer, archive, questions, max_new_tokens)
         about = {
             "memory": str(folder),

@@ -33,6 +33,9 @@ def generate(
             metavar="DIR", help="Go on after all that an archive holds (drt memory); it is not changed."
         ),
     ] = None,
+    search: Annotated[
+        str | None, typer.Option(help="With --memory: auto, exact or index, as for drt ask. Default: auto.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 100,
     greedy: Annotated[
         bool,
@@ -76,6 +79,8 @@ def generate(
         drt generate --memory books.memory "|qx?" --max-new-tokens 5
     """
     sampling = sampling_options(greedy, temperature, top_p, seed)
+    if search is not None and memory is None:
+        raise DRTError("--search: only with --memory; what a text itself holds is searched exactly")
     text = read_prompt(prompt, file)
 
     # Torch and transformers take seconds to import: not before `--help` and mistyped options are dealt with.
@@ -91,7 +96,7 @@ def generate(
     loaded = load_checkpoint(checkpoint, device, dtype)
     model, tokenizer, _ = loaded
     ids = torch.from_numpy(TextCodec(tokenizer).encode(text)).long().to(model.device)[None]
-    held = None if memory is None else DRTCache.open(open_archive(memory, loaded), model)
+    held = None if memory is None else DRTCache.open(open_archive(memory, loaded, search or "auto"), model)
     cache = read_segments(model, ids, tokens_a_pass, held)
     if not greedy:
         set_seed(seed or 0)

@@ -84,15 +84,19 @@ def load_checkpoint(checkpoint: Path | None, device: str, dtype: str | None = No
     return LoadedModel(model.to(target), tokenizer, name)  # type: ignore[arg-type]
 
 
-def open_archive(folder: Path, loaded: LoadedModel) -> Archive:
-    """Open an archive for reading.
+def open_archive(folder: Path, loaded: LoadedModel, search: str) -> Archive:
+    """Open an archive for reading; ``search``: of the option --search.
 
     Raises:
-        DRTError: no archive, one that is damaged or unfinished, or one that another model or tokenizer made.
+        DRTError: no archive, one that is damaged or unfinished, or one that another model or tokenizer made; another
+            search.
     """
-    from drt.memory.archive import Archive
+    from drt.memory.archive import SEARCHES, Archive
 
+    if search not in SEARCHES:
+        raise DRTError(f"--search: wanted {', '.join(SEARCHES[:-1])} or {SEARCHES[-1]}, got {search!r}")
     archive = Archive.open(folder)
+    archive.search = search
     check_maker(loaded, archive)
     return archive
 
@@ -163,11 +167,11 @@ def reading_progress() -> Progress:
     )
 
 
-def checking_progress() -> Progress:
+def bytes_progress(doing: str) -> Progress:
     """A bar on stderr that counts bytes; nothing where stderr is no terminal."""
     console = Console(stderr=True)
     return Progress(
-        TextColumn("checking"),
+        TextColumn(doing),
         BarColumn(),
         DownloadColumn(binary_units=False),
         TimeRemainingColumn(),
