@@ -4,7 +4,7 @@
     python benchmarks/prefill.py --lengths 64K --profile
 
 For each length, in a process of its own: tokens/s of prefill, seconds a token of decoding after it, peak memory.
-The floor is the time of the model's matrix products (`drt.eval.cost`, counted from the configuration), each at the
+The floor is the time of the model's matrix products (`drt.models.cost`, counted from the configuration), each at the
 rate that a product of just its shape and dtype reaches here when it is run alone; "of floor" is floor time / time.
 Products are those that are run: of the upper decoder only the end of each segment, which is all that reading needs.
 "whole" are the FLOPs of the full model, upper decoder and retrieval over everything.
@@ -31,9 +31,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from drt.data.needles import parse_length
 from drt.errors import DRTError
-from drt.eval.cost import MatrixProduct, prefill_products
 from drt.eval.machine import clock, peak_rss_bytes, processor_name
 from drt.eval.results import format_length
+from drt.models.cost import MatrixProduct, prefill_products
 from drt.models.drt import DRTConfig, DRTForCausalLM
 from drt.models.loading import load_model, shipped_checkpoint
 

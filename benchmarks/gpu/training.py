@@ -19,6 +19,7 @@ import torch
 from common import Report, ceilings, parser, peak_mebibytes, seconds
 from torch import nn
 
+from drt.models.cost import training_flops
 from drt.models.drt import DRTConfig, DRTForCausalLM
 from drt.models.full_attention import FullAttentionConfig, FullAttentionForCausalLM
 from drt.models.window import WindowConfig, WindowForCausalLM
@@ -37,24 +38,6 @@ def build(name: str, tiny: bool) -> nn.Module:
         layers = 14 if name.endswith("2") else 12
         return WindowForCausalLM(WindowConfig(**sizes, num_hidden_layers=layers, sliding_window=512))
     return DRTForCausalLM(DRTConfig(**sizes, num_groups=int(name[-1])))
-
-
-def flops_per_token(config: Any, length: int) -> float:
-    """Of one training step: three forward passes' products."""
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    block = 2 * (4 * hidden**2 + 3 * hidden * config.intermediate_size)
-    head = 2 * hidden * config.vocab_size
-    if isinstance(config, FullAttentionConfig):
-        return 3 * (layers * (block + 4 * hidden * length / 2) + head)
-    window = 4 * hidden * config.sliding_window
-    if not isinstance(config, DRTConfig):
-        return 3 * (layers * (block + window) + head)
-    size, groups = config.chunk_size, config.num_groups
-    per_position = layers * (block + window)
-    per_position += config.num_upper_layers * (4 * hidden**2 + 4 * hidden * config.retrieval_top_k * size)
-    per_position += config.num_encoder_layers * (block + 4 * hidden * (size + 1))
-    retrieval = groups * 2 * hidden * (length / size / 2) / size
-    return 3 * (per_position * (size + 1) / size + 4 * hidden**2 + retrieval + head)
 
 
 class Step:
@@ -109,7 +92,7 @@ def main() -> None:
         if (length, compiled) in baseline:
             found["of_window"] = time / baseline[length, compiled]
         if "flops_per_s" in ceiling:
-            made = flops_per_token(config, length) * batch * length
+            made = training_flops(config, length) * batch * length
             found["mfu"] = made / time / ceiling["flops_per_s"]
         return found
 

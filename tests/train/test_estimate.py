@@ -6,29 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from drt.models.flops import attention_flops, training_flops
-from drt.models.window import WindowConfig, WindowForCausalLM
 from drt.train.config import load_config
 from drt.train.estimate import estimate_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-def test_operations_of_a_window_model_by_hand() -> None:
-    config = WindowConfig(
-        vocab_size=50,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        sliding_window=4,
-    )
-    # Position t of ten sees min(t + 1, 4) keys: 1 + 2 + 3 + 7 x 4 = 34; two products of 2 x 8 operations a key.
-    assert attention_flops(config, 10) == pytest.approx(3 * 2 * 2 * 8 * 3.4)
-    matrices = 3 * (4 * 8 * 8 + 3 * 8 * 16) + 8 * 50
-    assert training_flops(WindowForCausalLM(config), 10) == pytest.approx(
-        3 * (2 * matrices + 3 * 2 * 2 * 8 * 3.4)
-    )
 
 
 def test_the_tiny_language_model() -> None:

@@ -29,17 +29,13 @@ def info(
     run = load_config(config, overrides or ())
     found = estimate_run(run, processes)
     share = processes if isinstance(run, LanguageModelConfig) and run.sharding == "fsdp" else 1
-    unknown = "not counted for this model"
-    per_token, total = (
-        unknown if value is None else f"{value:.3e}" for value in (found.flops_per_token, found.total_flops)
-    )
     table = Table(show_header=False)
     for name, value in (
         ("model", str(run.model.get("model_type", "drt"))),
         ("parameters", f"{found.parameters:,} ({found.embedding_parameters:,} in the embedding)"),
         ("tokens", f"{found.tokens:,} ({run.max_steps:,} steps of {run.tokens_per_step:,})"),
-        ("FLOPs a token, forward and backward", per_token),
-        ("FLOPs in all", total),
+        ("FLOPs a token, forward and backward", f"{found.flops_per_token:.3e}"),
+        ("FLOPs in all", f"{found.total_flops:.3e}"),
         ("weights, gradients, optimizer", f"{found.state_bytes / share / 2**30:.2f} GiB a process"),
         (
             f"activations of a pass ({found.rows_per_pass} x {found.row_length:,} tokens)",

@@ -97,11 +97,9 @@ class RecurrentCell(WindowAttention):
         Returns:
             (B, P, hidden_size) and what to carry on.
         """
-        local = self(hidden_states, window)
-        keys, values, asking = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.k_proj, self.v_proj, self.token_to_state_q_proj)
-        )
+        query, keys, values = self.project(hidden_states)
+        local = self.attend(query, keys, values, window)
+        asking = self.token_to_state_q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         batch_size, length = hidden_states.shape[:2]
         block = self.first(batch_size, keys) if carried is None else carried
         new = torch.full((batch_size,), length) if row_lengths is None else row_lengths
@@ -116,15 +114,21 @@ class RecurrentCell(WindowAttention):
             valid = (position >= 0) & (position < new.unsqueeze(1))
             source = position.clamp(0, length - 1).to(keys.device)
             fresh = valid.to(keys.device)[..., None, None]
-            state_keys, state_values = self._state_memory(block.state)
-            cross = _attend(asking[rows, source], state_keys, state_values)
+            memory = self._state_memory(block.state)
+            cross = _attend(asking[rows, source], *memory)
             target = torch.where(valid, position, length).to(keys.device)
             crossed = crossed.index_put((rows, target), cross.to(crossed.dtype))
-            block = self._fill(block, keys[rows, source], values[rows, source], fresh, valid)
+            block = self._fill(block, memory, keys[rows, source], values[rows, source], fresh, valid)
         return local + self.cross_o_proj(crossed[:, :length].flatten(-2)), block
 
     def _fill(
-        self, block: OpenBlock, keys: Tensor, values: Tensor, fresh: Tensor, valid: Tensor
+        self,
+        block: OpenBlock,
+        memory: tuple[Tensor, Tensor],
+        keys: Tensor,
+        values: Tensor,
+        fresh: Tensor,
+        valid: Tensor,
     ) -> OpenBlock:
         """Add a row's new tokens to its block; where that is full, the state changes and a new block begins."""
         keys, values = torch.where(fresh, keys, block.keys), torch.where(fresh, values, block.values)
@@ -132,18 +136,20 @@ class RecurrentCell(WindowAttention):
         full = lengths == self.block_size
         state = block.state
         if bool(full.any()):
-            changed = self._next_state(state, keys, values)
+            changed = self._next_state(state, memory, keys, values)
             state = torch.where(full.to(keys.device)[:, None, None], changed, state)
         return OpenBlock(state, keys, values, lengths.masked_fill(full, 0))
 
-    def _next_state(self, state: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """(B, R, H) after a full block of keys and values (B, S, h_kv, D)."""
+    def _next_state(
+        self, state: Tensor, memory: tuple[Tensor, Tensor], keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """(B, R, H) after a full block of keys and values (B, S, h_kv, D); memory: the state's own."""
         normed = self.state_norm(state + self.state_ids)
         to_state, to_token = (
             projection(normed).unflatten(-1, (-1, self.head_dim))
             for projection in (self.state_to_state_q_proj, self.state_to_token_q_proj)
         )
-        own = _attend(to_state, *self._state_memory(state))
+        own = _attend(to_state, *memory)
         read = _attend(to_token, keys, values)
         candidate = self.state_o_proj(torch.cat([own.flatten(-2), read.flatten(-2)], -1))
         keep = torch.sigmoid(self.gate_bias)

@@ -56,10 +56,18 @@ class WindowAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, state: WindowState | None = None) -> Tensor:
         """(B, L, hidden_size) to the same; ``state`` holds the keys and values of earlier passes."""
+        return self.attend(*self.project(hidden_states), state)
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, hidden_size) to queries (B, L, h, D), keys and values (B, L, h_kv, D)."""
         query, key, value = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        return query, key, value
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, state: WindowState | None) -> Tensor:
+        """What `project` gives to the output, (B, L, hidden_size)."""
         key_start = None
         if state is not None:
             key, value, key_start = state.update(key, value)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from drt.models.flops import training_flops
+from drt.models.cost import training_flops
 from drt.train.config import LanguageModelConfig, RunConfig, TrainConfig
 from drt.train.run import build_model
 
@@ -25,7 +25,7 @@ class Estimate:
         parameters: of the model; tied ones count once.
         embedding_parameters: those of them in the token embedding.
         tokens: of the whole run.
-        flops_per_token: forward and backward; None for a model whose attention is not counted.
+        flops_per_token: forward and backward.
         state_bytes: weights, gradients and optimizer, over all processes that share them.
         activation_bytes: what the backward pass needs of one forward pass, measured on a short row and scaled up.
         rows_per_pass, row_length: of that pass.
@@ -34,16 +34,16 @@ class Estimate:
     parameters: int
     embedding_parameters: int
     tokens: int
-    flops_per_token: float | None
+    flops_per_token: float
     state_bytes: int
     activation_bytes: int
     rows_per_pass: int
     row_length: int
 
     @property
-    def total_flops(self) -> float | None:
+    def total_flops(self) -> float:
         """Of the whole run."""
-        return None if self.flops_per_token is None else self.flops_per_token * self.tokens
+        return self.flops_per_token * self.tokens
 
 
 def estimate_run(config: RunConfig, processes: int = 1) -> Estimate:
@@ -77,7 +77,7 @@ def estimate_run(config: RunConfig, processes: int = 1) -> Estimate:
         parameters=model.num_parameters(),
         embedding_parameters=sum(weight.numel() for weight in model.get_input_embeddings().parameters()),
         tokens=config.tokens_per_step * config.max_steps,
-        flops_per_token=training_flops(model, length),
+        flops_per_token=training_flops(model.config, length),
         state_bytes=_BYTES_A_PARAMETER * model.num_parameters(),
         activation_bytes=round(kept * length * rows),
         rows_per_pass=rows,

@@ -17,7 +17,7 @@ from drt.data.corpus import TOKENIZER, Corpus, open_corpus, read_manifest
 from drt.data.sampling import WindowSampler
 from drt.data.tokenizer import fingerprint, load_tokenizer
 from drt.errors import DRTError
-from drt.models.flops import peak_flops, training_flops
+from drt.models.cost import peak_flops, training_flops
 from drt.train.config import LanguageModelConfig
 from drt.train.curriculum import RunningTotals
 from drt.train.trainer import Batch, RunTrainer, training_arguments
@@ -109,7 +109,7 @@ class LanguageModelTrainer(RunTrainer):
                 config, held_out, args.process_index, args.world_size, self._autocast, check_interrupt
             )
         super().__init__(config, model, tokenizer, TOTALS, validate, callbacks, args)
-        self._flops_per_token = training_flops(model, data.sequence_length)
+        self._flops_per_token = training_flops(model.config, data.sequence_length)
         if validate is not None:
             validate.reduce = self.sum_over_processes
 
@@ -149,7 +149,7 @@ class LanguageModelTrainer(RunTrainer):
         """Tokens a second, and the share of the devices' peak (MFU) where that is known."""
         speed = super().speed(tokens_per_second)
         peak = peak_flops(self.args.device)
-        if self._flops_per_token is not None and peak is not None:
+        if peak is not None:
             speed["mfu"] = tokens_per_second * self._flops_per_token / (peak * self.args.world_size)
         return speed
 
