@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from drt.layers.mlp import SwiGLU
+from drt.layers.rms_norm import RMSNorm
 from drt.ops.window_attention import apply_rope
 
 
@@ -26,12 +27,12 @@ class ChunkEncoderLayer(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.rope_theta = rope_theta
-        self.input_norm = nn.RMSNorm(hidden_size, eps=eps)
+        self.input_norm = RMSNorm(hidden_size, eps=eps)
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
-        self.mlp_norm = nn.RMSNorm(hidden_size, eps=eps)
+        self.mlp_norm = RMSNorm(hidden_size, eps=eps)
         self.mlp = SwiGLU(hidden_size, intermediate_size)
 
     def forward(self, hidden_states: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
@@ -75,14 +76,14 @@ class ChunkEncoder(nn.Module):
         eps: float,
     ) -> None:
         super().__init__()
-        self.input_norm = nn.RMSNorm(hidden_size, eps=input_eps)
+        self.input_norm = RMSNorm(hidden_size, eps=input_eps)
         self.layers = nn.ModuleList(
             ChunkEncoderLayer(
                 hidden_size, intermediate_size, num_heads, num_key_value_heads, head_dim, rope_theta, eps
             )
             for _ in range(num_layers)
         )
-        self.norm = nn.RMSNorm(hidden_size, eps=eps)
+        self.norm = RMSNorm(hidden_size, eps=eps)
 
     def forward(self, tokens: Tensor, landmarks: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """Encode B x N chunks.

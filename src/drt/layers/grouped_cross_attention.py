@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from drt.layers.rms_norm import RMSNorm
 from drt.ops.grouped_cross_attention import attend_gathered_chunks, grouped_cross_attention
 
 
@@ -92,7 +93,7 @@ class GroupedCrossAttention(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.sink = sink
-        self.norm = nn.RMSNorm(hidden_size, eps=eps)
+        self.norm = RMSNorm(hidden_size, eps=eps)
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
 

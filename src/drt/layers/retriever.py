@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from drt.layers.rms_norm import RMSNorm
 from drt.ops.chunk_retrieval import RetrievedChunks, retrieve_chunks
 
 
@@ -23,7 +24,7 @@ class Retriever(nn.Module):
     def __init__(self, hidden_size: int, top_k: int, eps: float, learned_temperature: bool) -> None:
         super().__init__()
         self.top_k = top_k
-        self.norm = nn.RMSNorm(hidden_size, eps=eps)
+        self.norm = RMSNorm(hidden_size, eps=eps)
         self.log_temperature = nn.Parameter(torch.zeros(())) if learned_temperature else None
 
     def forward(

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from drt.layers.mlp import SwiGLU
 from drt.layers.recurrent_cell import RecurrentCell
+from drt.layers.rms_norm import RMSNorm
 from drt.models.block_recurrent.cache_block_recurrent import RecurrentCacheLayer
 from drt.models.block_recurrent.configuration_block_recurrent import BlockRecurrentConfig
 from drt.models.common.cache import DecoderCache, WindowCacheLayer
@@ -24,7 +25,7 @@ class RecurrentLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: BlockRecurrentConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.cell = RecurrentCell(
             config.hidden_size,
             config.num_attention_heads,
@@ -36,7 +37,7 @@ class RecurrentLayer(GradientCheckpointingLayer):
             config.block_size,
             config.rms_norm_eps,
         )
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden_states: Tensor, state: RecurrentCacheLayer | None = None) -> Tensor:
@@ -86,7 +87,7 @@ class BlockRecurrentModel(BlockRecurrentPreTrainedModel):
             RecurrentLayer(config) if number == config.recurrent_index else WindowLayer(config)
             for number in range(config.num_hidden_layers)
         )
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 

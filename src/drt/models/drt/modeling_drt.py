@@ -22,6 +22,7 @@ from drt.layers.fixed_retrievers import FIXED_RETRIEVERS, FixedRetriever
 from drt.layers.grouped_cross_attention import GroupedCrossAttention, RetrievedMemory
 from drt.layers.mlp import SwiGLU
 from drt.layers.retriever import Retriever
+from drt.layers.rms_norm import RMSNorm
 from drt.layers.window_attention import WindowAttention, WindowState
 from drt.models.common.generation import OwnCacheGenerationMixin
 from drt.models.common.loss import causal_loss, needs_no_logits
@@ -67,9 +68,9 @@ class DRTLowerLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: DRTConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.window_attention = _window_attention(config)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden_states: Tensor, state: WindowState | None = None) -> Tensor:
@@ -85,7 +86,7 @@ class DRTUpperLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: DRTConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.window_attention = _window_attention(config)
         if config.retrieval:
             learned = config.retriever == "learned"
@@ -97,7 +98,7 @@ class DRTUpperLayer(GradientCheckpointingLayer):
                 config.sink,
                 config.rms_norm_eps,
             )
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(
@@ -169,7 +170,7 @@ class DRTModel(DRTPreTrainedModel):
             self.chunk_v_proj = nn.Linear(config.hidden_size, memory_width, bias=False)
             self.retrievers = nn.ModuleList(_retriever(config) for _ in range(config.num_groups))
         self.upper_layers = nn.ModuleList(DRTUpperLayer(config) for _ in range(config.num_upper_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 

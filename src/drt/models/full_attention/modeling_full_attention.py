@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from drt.layers.full_attention import FullAttention, GrowingState
 from drt.layers.mlp import SwiGLU
+from drt.layers.rms_norm import RMSNorm
 from drt.models.common.cache import DecoderCache, GrowingCacheLayer
 from drt.models.common.modeling import DecoderGenerationMixin, DecoderPreTrainedModel
 from drt.models.full_attention.configuration_full_attention import FullAttentionConfig
@@ -20,7 +21,7 @@ class FullAttentionLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: FullAttentionConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention = FullAttention(
             config.hidden_size,
             config.num_attention_heads,
@@ -28,7 +29,7 @@ class FullAttentionLayer(GradientCheckpointingLayer):
             config.position_embedding,
             config.rope_theta,
         )
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden_states: Tensor, state: GrowingState | None = None) -> Tensor:
@@ -56,7 +57,7 @@ class FullAttentionModel(FullAttentionPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(FullAttentionLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from drt.layers.full_attention import GrowingState
 from drt.layers.landmark_attention import LandmarkAttention
 from drt.layers.mlp import SwiGLU
+from drt.layers.rms_norm import RMSNorm
 from drt.models.common.cache import DecoderCache, GrowingCacheLayer
 from drt.models.common.modeling import DecoderGenerationMixin, DecoderPreTrainedModel
 from drt.models.landmark.configuration_landmark import LandmarkConfig
@@ -24,7 +25,7 @@ class LandmarkLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: LandmarkConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention = LandmarkAttention(
             config.hidden_size,
             config.num_attention_heads,
@@ -35,7 +36,7 @@ class LandmarkLayer(GradientCheckpointingLayer):
             config.max_chunk_distance,
             config.rope_theta,
         )
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden_states: Tensor, held: Tensor, state: GrowingState | None = None) -> Tensor:
@@ -70,7 +71,7 @@ class LandmarkModel(LandmarkPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.landmark_embedding = nn.Parameter(torch.empty(config.hidden_size))
         self.layers = nn.ModuleList(LandmarkLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -9,6 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from drt.layers.mlp import SwiGLU
+from drt.layers.rms_norm import RMSNorm
 from drt.layers.window_attention import WindowAttention, WindowState
 from drt.models.common.cache import DecoderCache, WindowCacheLayer
 from drt.models.common.modeling import DecoderGenerationMixin, DecoderPreTrainedModel
@@ -20,7 +21,7 @@ class WindowLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: WindowConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.window_attention = WindowAttention(
             config.hidden_size,
             config.num_attention_heads,
@@ -29,7 +30,7 @@ class WindowLayer(GradientCheckpointingLayer):
             config.position_embedding,
             config.rope_theta,
         )
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden_states: Tensor, state: WindowState | None = None) -> Tensor:
@@ -59,7 +60,7 @@ class WindowModel(WindowPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(WindowLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
