@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
 
 from drt.train.config import load_config
-from drt.train.estimate import estimate_run
+from drt.train.estimate import estimate_run, saved_bytes
+from drt.train.run import build_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -36,3 +38,25 @@ def test_large_configurations_are_read(name: str) -> None:
     run = load_config(CONFIGS / f"{name}.yaml")
     assert run.passes_per_step(8) >= 1
     assert run.optimizer.warmup_steps == run.max_steps // 50
+
+
+BASELINES = [path.stem for path in sorted((CONFIGS / "baselines").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_every_model_type_is_estimated(name: str) -> None:
+    run = load_config(CONFIGS / "baselines" / f"{name}.yaml", ["model.vocab_size=8192"])
+    found = estimate_run(run)
+    assert 6 * found.parameters < found.flops_per_token < 12 * found.parameters
+    if name != "drt-embedding":  # runs with its embedder only
+        model = build_model(run)
+        assert found.activation_bytes == round(saved_bytes(model, 256) / 256 * 4096 * 4)
+        assert found.parameters == model.num_parameters()
+
+
+def test_a_large_model_is_never_made() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = estimate_run(load_config(CONFIGS / "350m.yaml"))
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert 330e6 < found.parameters < 360e6
+    assert (after - before) * 1024 < found.parameters  # one byte of each would be more

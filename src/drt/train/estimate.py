@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
 from drt.models.cost import training_flops
@@ -47,7 +50,7 @@ class Estimate:
 
 
 def estimate_run(config: RunConfig, processes: int = 1) -> Estimate:
-    """Estimate one run; builds the model on the CPU and runs it forward on a row of a few hundred tokens.
+    """Estimate one run: the model is built and run forward on a few hundred tokens without any numbers in it.
 
     Args:
         config: the run; for needles, its last stage.
@@ -63,7 +66,7 @@ def estimate_run(config: RunConfig, processes: int = 1) -> Estimate:
         assert isinstance(config, TrainConfig)
         length = config.curriculum[-1].chunks * config.model["chunk_size"]
         rows = config.tokens_per_step // length
-    model = build_model(config)
+    model = _model_of_shapes(config)
     probe = min(length, _PROBE_TOKENS)
     kept = saved_bytes(model, probe) / probe
     if config.gradient_checkpointing:
@@ -72,7 +75,7 @@ def estimate_run(config: RunConfig, processes: int = 1) -> Estimate:
             layers * 4 * model.config.hidden_size + kept / layers
         )  # the layers' inputs, and one layer at a time
     if config.dtype == "bfloat16":
-        kept /= 2  # a CPU may take very long in bfloat16, so the measurement is in float32
+        kept /= 2  # measured in float32
     return Estimate(
         parameters=model.num_parameters(),
         embedding_parameters=sum(weight.numel() for weight in model.get_input_embeddings().parameters()),
@@ -85,6 +88,14 @@ def estimate_run(config: RunConfig, processes: int = 1) -> Estimate:
     )
 
 
+def _model_of_shapes(config: RunConfig) -> PreTrainedModel:
+    """The run's model, whose tensors have shapes and a device but no numbers, so that its size costs nothing."""
+    if config.model.get("retriever") == "embedding":  # wants its embedder, and keeps no more than another
+        config = dataclasses.replace(config, model=config.model | {"retriever": "random"})
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return build_model(config)
+
+
 def saved_bytes(model: PreTrainedModel, length: int) -> int:
     """Bytes that autograd keeps of a forward pass over one row in float32, the weights left out.
 
@@ -92,13 +103,13 @@ def saved_bytes(model: PreTrainedModel, length: int) -> int:
         model: on the CPU.
         length: tokens of the row.
     """
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
+    weights = {StorageWeakRef(parameter.untyped_storage()) for parameter in model.parameters()}
+    kept: dict[StorageWeakRef, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if (key := StorageWeakRef(storage)) not in weights:
+            kept[key] = storage.nbytes()
         return tensor
 
     ids = torch.zeros(1, length, dtype=torch.int64)
