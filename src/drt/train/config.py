@@ -1,25 +1,16 @@
-"""The YAML file of a training run: its sections as dataclasses, read strictly.
-
-An unknown key, a missing key or a value of the wrong type is a `DRTError` that names the file, the key's
-dotted path, what was got and what is wanted. `--set key=value` goes through the same checks.
-"""
+"""The YAML file of a training run: its sections as dataclasses."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
-import types
-import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-import yaml
+from typing import Any
 
 from drt.data.needle_mix import NeedleMixConfig
 from drt.errors import DRTError
-
-T = TypeVar("T")
+from drt.train.strict_yaml import describe, parse, read_mapping
 
 
 def _require(condition: bool, message: str) -> None:
@@ -305,18 +296,7 @@ class LanguageModelConfig(RunConfig):
 TASKS: dict[str, type[RunConfig]] = {"needles": TrainConfig, "language_model": LanguageModelConfig}
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """SafeLoader that reads `2e-3` as a number, as YAML 1.2 does (YAML 1.1 wants `2.0e-3`)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def load_config(path: Path | str, overrides: typing.Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a training configuration: of the kind that its `task` says, by default `needles`.
 
     Args:
@@ -328,23 +308,15 @@ def load_config(path: Path | str, overrides: typing.Sequence[str] = ()) -> RunCo
         DRTError: the file cannot be read or is not YAML, a key is unknown or missing, a value has the wrong
             type or does not fit.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DRTError(f"{path}: cannot be read: {error}") from error
-    values = _load_yaml(text, str(path))
-    if not isinstance(values, dict):
-        raise DRTError(f"{path}: wanted a mapping of keys to values, got {_describe(values)}")
-    for override in overrides:
-        _override(values, override)
+    values = read_mapping(path, overrides)
     source = f"{path} with --set" if overrides else str(path)
     task = values.get("task", "needles")
     if task not in TASKS:
-        raise DRTError(f"{source}: task: wanted {' or '.join(TASKS)}, got {_describe(task)}")
-    config = _parse(TASKS[task], values, "", source)
+        raise DRTError(f"{source}: task: wanted {' or '.join(TASKS)}, got {describe(task)}")
+    config = parse(TASKS[task], values, "", source)
     if isinstance(config, TrainConfig):
         for number, stage in enumerate(config.curriculum):
-            _parse(NeedleMixConfig, _mix_fields(config, stage), f"curriculum.{number}.mix", source)
+            parse(NeedleMixConfig, _mix_fields(config, stage), f"curriculum.{number}.mix", source)
     return config
 
 
@@ -368,96 +340,3 @@ def _mix_fields(config: TrainConfig, stage: StageConfig) -> dict[str, Any]:
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """The configuration with every default filled in, as plain values that YAML and JSON can hold."""
     return dataclasses.asdict(config)
-
-
-def _load_yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise DRTError(f"{source}: not valid YAML: {error}") from error
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    """Set one dotted key in place."""
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise DRTError(f"--set {override}: wanted key=value with a dotted key, as in optimizer.lr=1e-3")
-    *parents, last = key.split(".")
-    node: Any = values
-    for parent in parents:
-        node = node.setdefault(parent, {}) if isinstance(node, dict) else _list_item(node, parent, override)
-    value = _load_yaml(text, f"--set {override}")
-    if isinstance(node, dict):
-        node[last] = value
-    else:
-        _list_item(node, last, override)
-        node[int(last)] = value
-
-
-def _list_item(node: Any, index: str, override: str) -> Any:
-    if not isinstance(node, list):
-        raise DRTError(f"--set {override}: there are no keys below {_describe(node)}")
-    if not index.isdigit() or int(index) >= len(node):
-        raise DRTError(f"--set {override}: wanted an index 0..{len(node) - 1} of the list, got {index!r}")
-    return node[int(index)]
-
-
-def _parse(cls: type[T], values: Any, path: str, source: str) -> T:
-    """Build a dataclass from a mapping, checking every key and type."""
-    where = path or "the top level"
-    if not isinstance(values, dict):
-        raise DRTError(f"{source}: {where}: wanted a mapping of keys to values, got {_describe(values)}")
-    fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            name = f"{path}.{key}" if path else str(key)
-            raise DRTError(f"{source}: unknown key {name}; wanted one of {', '.join(fields)}")
-    for name, item in fields.items():
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if required and name not in values:
-            raise DRTError(f"{source}: {where}: the key {name} is missing")
-    hints = typing.get_type_hints(cls)
-    parsed = {
-        key: _convert(hints[key], value, f"{path}.{key}" if path else key, source)
-        for key, value in values.items()
-    }
-    try:
-        return cls(**parsed)
-    except ValueError as error:
-        raise DRTError(f"{source}: {path + '.' if path else ''}{error}") from error
-
-
-def _convert(hint: Any, value: Any, path: str, source: str) -> Any:
-    """Check one value against its type hint; an int may stand where a float is wanted."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):  # only `X | None` occurs
-        if value is None:
-            return None
-        hint = next(option for option in typing.get_args(hint) if option is not type(None))
-        origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint):
-        return _parse(typing.cast(type, hint), value, path, source)
-    if origin is list and isinstance(value, list):
-        (item,) = typing.get_args(hint)
-        return [_convert(item, entry, f"{path}.{index}", source) for index, entry in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return dict(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if origin is None and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    raise DRTError(f"{source}: {path}: wanted {_NAMES.get(origin or hint, hint)}, got {_describe(value)}")
-
-
-_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a string",
-    list: "a list",
-    dict: "a mapping of keys to values",
-}
-
-
-def _describe(value: Any) -> str:
-    return "nothing" if value is None else f"{value!r} ({type(value).__name__})"

@@ -1,0 +1,158 @@
+"""YAML files read strictly into dataclasses.
+
+An unknown key, a missing key or a value of the wrong type is a `DRTError` that names the file, the key's
+dotted path, what was got and what is wanted. `--set key=value` goes through the same checks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from drt.errors import DRTError
+
+T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """SafeLoader that reads `2e-3` as a number, as YAML 1.2 does (YAML 1.1 wants `2.0e-3`)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def read_mapping(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of a file, changed by overrides.
+
+    Args:
+        path: YAML file.
+        overrides: `key=value` strings; the key is a dotted path, the value is YAML.
+
+    Raises:
+        DRTError: the file cannot be read, is not YAML or holds no mapping; an override that does not fit.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DRTError(f"{path}: cannot be read: {error}") from error
+    values = _load_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise DRTError(f"{path}: wanted a mapping of keys to values, got {describe(values)}")
+    for override in overrides:
+        _override(values, override)
+    return values
+
+
+def _load_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise DRTError(f"{source}: not valid YAML: {error}") from error
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Set one dotted key in place."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise DRTError(f"--set {override}: wanted key=value with a dotted key, as in optimizer.lr=1e-3")
+    *parents, last = key.split(".")
+    node: Any = values
+    for parent in parents:
+        node = node.setdefault(parent, {}) if isinstance(node, dict) else _list_item(node, parent, override)
+    value = _load_yaml(text, f"--set {override}")
+    if isinstance(node, dict):
+        node[last] = value
+    else:
+        _list_item(node, last, override)
+        node[int(last)] = value
+
+
+def _list_item(node: Any, index: str, override: str) -> Any:
+    if not isinstance(node, list):
+        raise DRTError(f"--set {override}: there are no keys below {describe(node)}")
+    if not index.isdigit() or int(index) >= len(node):
+        raise DRTError(f"--set {override}: wanted an index 0..{len(node) - 1} of the list, got {index!r}")
+    return node[int(index)]
+
+
+def parse(cls: type[T], values: Any, path: str, source: str) -> T:
+    """Build a dataclass from a mapping, checking every key and type.
+
+    Args:
+        cls: the dataclass.
+        values: the mapping.
+        path: dotted path of the mapping in the file, for messages.
+        source: name of the file, for messages.
+
+    Raises:
+        DRTError: a key or a value that does not fit.
+    """
+    where = path or "the top level"
+    if not isinstance(values, dict):
+        raise DRTError(f"{source}: {where}: wanted a mapping of keys to values, got {describe(values)}")
+    fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            name = f"{path}.{key}" if path else str(key)
+            raise DRTError(f"{source}: unknown key {name}; wanted one of {', '.join(fields)}")
+    for name, item in fields.items():
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise DRTError(f"{source}: {where}: the key {name} is missing")
+    hints = typing.get_type_hints(cls)
+    parsed = {
+        key: _convert(hints[key], value, f"{path}.{key}" if path else key, source)
+        for key, value in values.items()
+    }
+    try:
+        return cls(**parsed)
+    except ValueError as error:
+        raise DRTError(f"{source}: {path + '.' if path else ''}{error}") from error
+
+
+def _convert(hint: Any, value: Any, path: str, source: str) -> Any:
+    """Check one value against its type hint; an int may stand where a float is wanted."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):  # only `X | None` occurs
+        if value is None:
+            return None
+        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+        origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return parse(typing.cast(type, hint), value, path, source)
+    if origin is list and isinstance(value, list):
+        (item,) = typing.get_args(hint)
+        return [_convert(item, entry, f"{path}.{index}", source) for index, entry in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if origin is None and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise DRTError(f"{source}: {path}: wanted {_NAMES.get(origin or hint, hint)}, got {describe(value)}")
+
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    list: "a list",
+    dict: "a mapping of keys to values",
+}
+
+
+def describe(value: Any) -> str:
+    """A value and its type, for messages."""
+    return "nothing" if value is None else f"{value!r} ({type(value).__name__})"
