@@ -97,6 +97,15 @@ def test_options_reach_the_evaluation(needle: Run, tmp_path: Path) -> None:
     assert b"<svg" in picture.read_bytes()
 
 
+def test_how_chunks_are_held_is_recorded_and_gone_on_with(
+    needle: Run, refuses: Run, checkpoint: Path
+) -> None:
+    needle("--memory-dtype", "int8")
+    assert {record.memory_dtype for record in read_records("needle.jsonl", NeedleRecord)} == {"int8"}
+    message = refuses("needle", *SHORT, "--checkpoint", checkpoint, "--resume")
+    assert "another evaluation: memory_dtype is 'int8' there" in message
+
+
 def test_a_seed_repeats_a_run_whatever_the_batches(needle: Run) -> None:
     needle("--json", "a.jsonl", "--batch-size", "1")
     needle("--json", "b.jsonl", "--batch-size", "2", "--segment-size", "300")

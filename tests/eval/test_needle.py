@@ -15,6 +15,7 @@ from drt.data.haystack import Haystack
 from drt.errors import DRTError
 from drt.eval.needle import NeedlePlan, evaluate_needles, finished_keys
 from drt.eval.results import NeedleRecord, from_line, to_line
+from drt.memory import DeviceStore
 from drt.models.drt import DRTForCausalLM
 
 PLAN = NeedlePlan(tasks=("single", "multihop"), lengths=(260, 170), samples=3, seed=5)
@@ -177,6 +178,41 @@ def test_other_language_models_can_be_asked(tokenizer: PreTrainedTokenizerBase, 
     assert [record.checkpoint for record in records] == ["llama", "llama"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_chunks_are_held_as_it_is_told(
+    evaluate: Evaluate, together: list[NeedleRecord], monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """In float32 nothing changes; the records say how."""
+    made: list[str | None] = []
+    init = DeviceStore.__init__
+
+    def recorded(store: DeviceStore, page_size: int | None = None, dtype: str | None = None) -> None:
+        made.append(dtype)
+        init(store, page_size, dtype)
+
+    monkeypatch.setattr(DeviceStore, "__init__", recorded)
+    records = evaluate(batch_size=3, memory_dtype=dtype)
+    assert made == [dtype] * 4, "a memory for each batch"
+    assert {record.memory_dtype for record in records} == {dtype}
+    assert from_line(to_line(records[0])) == records[0]
+    if dtype == "float32":
+        assert asked(records) == asked(together)
+
+
+def test_a_memory_that_cannot_be_is_refused(
+    evaluate: Evaluate, tokenizer: PreTrainedTokenizerBase, haystack: Haystack
+) -> None:
+    with pytest.raises(DRTError, match="can be held as float32, bfloat16, float16, int8, got 'int4'"):
+        evaluate(memory_dtype="int4")
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=259, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1
+        )
+    ).eval()
+    with pytest.raises(DRTError, match="LlamaForCausalLM has no chunk memory"):
+        evaluate_needles(llama, tokenizer, haystack, PLAN, checkpoint="llama", memory_dtype="int8")
+
+
 def test_what_was_answered_is_not_asked_again(evaluate: Evaluate, together: list[NeedleRecord]) -> None:
     earlier = together[:7]
     done = finished_keys(earlier, PLAN, checkpoint="tiny", dtype="float32", haystack=["words"])
@@ -200,13 +236,14 @@ def test_a_longer_plan_goes_on_with_a_shorter_ones_records(together: list[Needle
         ({"hops": 3}, r"settings is .*'hops': 2.* there .multihop, 170 tokens, sample 0. and .*'hops': 3"),
         ({"checkpoint": "other"}, r"checkpoint is 'tiny' there .* and 'other' here"),
         ({"dtype": "bfloat16"}, r"dtype is 'float32' there .* and 'bfloat16' here"),
+        ({"memory_dtype": "int8"}, r"memory_dtype is None there .* and 'int8' here"),
         ({"haystack": ["a.txt"]}, r"haystack is \['words'\] there .* and \['a\.txt'\] here"),
     ],
 )
 def test_records_of_another_evaluation_are_refused(
     together: list[NeedleRecord], changes: dict[str, Any], message: str
 ) -> None:
-    names = {"checkpoint": "tiny", "dtype": "float32", "haystack": ["words"]}
+    names = {"checkpoint": "tiny", "dtype": "float32", "haystack": ["words"], "memory_dtype": None}
     plan = dataclasses.replace(PLAN, **{key: value for key, value in changes.items() if key not in names})
     assert finished_keys(together, PLAN, **names)
     with pytest.raises(DRTError, match=message):

@@ -72,6 +72,7 @@ def test_the_fields_that_tables_and_other_programs_read(make_record: MakeRecord)
         ({"haystack": [1]}, r"haystack: wanted list\[str\]"),
         ({"settings": {"hops": 2.5}}, r"settings: wanted dict\[str, int\]"),
         ({"settings": []}, r"settings: wanted dict\[str, int\]"),
+        ({"memory_dtype": 8}, r"memory_dtype: wanted str \| None"),
     ],
 )
 def test_values_of_another_type_are_refused(
@@ -87,6 +88,12 @@ def test_other_fields_are_refused(make_record: MakeRecord) -> None:
     values["accuracy"] = values.pop("correct")
     with pytest.raises(ValueError, match=r"missing \['correct'\], unknown \['accuracy'\]"):
         from_line(json.dumps(values))
+
+
+def test_records_of_an_earlier_release_are_read(make_record: MakeRecord) -> None:
+    values = json.loads(to_line(make_record()))
+    del values["memory_dtype"]
+    assert from_line(json.dumps(values)) == make_record()
 
 
 @pytest.mark.parametrize("line", ["", "{", "[]", "3", "null"])

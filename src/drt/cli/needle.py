@@ -75,6 +75,13 @@ def needle(
         int,
         typer.Option(min=0, help="Texts read together; 0: as many as fit one pass. Answers are the same."),
     ] = 0,
+    memory_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="How a DRT model's memory holds chunks: float32, bfloat16, float16 or int8. "
+            "Default: as they are computed."
+        ),
+    ] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as there are cores.")] = 0,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")
@@ -128,7 +135,14 @@ def needle(
 
     records = read_records(json, NeedleRecord) if resume and json.exists() else []
     dtype_name = str(model.dtype).removeprefix("torch.")
-    done = finished_keys(records, plan, checkpoint=name, dtype=dtype_name, haystack=list(text.names))
+    done = finished_keys(
+        records,
+        plan,
+        checkpoint=name,
+        dtype=dtype_name,
+        haystack=list(text.names),
+        memory_dtype=memory_dtype,
+    )
     with Watch(plan, done) as watch:
         answers = evaluate_needles(
             model,
@@ -138,6 +152,7 @@ def needle(
             checkpoint=name,
             segment_size=tokens_a_pass,
             batch_size=batch_size or None,
+            memory_dtype=memory_dtype,
             done=done,
             on_progress=watch.read,
         )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from drt.data.needles import TASKS, Haystack, NeedleSample, is_correct, make_sample
 from drt.errors import DRTError
 from drt.eval.machine import clock, peak_rss_bytes
 from drt.eval.results import NeedleRecord
+from drt.memory import DeviceStore
+from drt.memory.chunk_codec import DTYPES
+from drt.models.drt import DRTCache, DRTForCausalLM
 
 SampleKey = tuple[str, int, int]  # task, length, index
 
@@ -104,6 +107,7 @@ def evaluate_needles(
     checkpoint: str,
     segment_size: int = 4096,
     batch_size: int | None = None,
+    memory_dtype: str | None = None,
     done: Collection[SampleKey] = (),
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[NeedleRecord]:
@@ -121,25 +125,52 @@ def evaluate_needles(
         segment_size: tokens of one forward pass, all rows of a batch together; bounds the memory of a pass.
         batch_size: samples of one task and length that are read together; the answers do not depend on it.
             None: as many as fit one segment whole, so one for all that is longer.
+        memory_dtype: how a DRT model's cache holds keys and values of chunks, see `DeviceStore`; None: as they come.
         done: samples to leave out: those that an earlier run has answered.
         on_progress: called with the number of tokens just read.
 
     Raises:
-        DRTError: the haystack is shorter than a length, or a length has no room for the needles.
+        DRTError: the haystack is shorter than a length, or a length has no room for the needles; a memory_dtype for a
+            model that has no chunk memory, or an unknown one.
         ValueError: segment_size or batch_size < 1, or a model in training mode.
     """
     if segment_size < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"segment_size and batch_size must be >= 1, got {segment_size} and {batch_size}")
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first")
+    make_cache = _cache_maker(model, memory_dtype)
     waiting = [key for key in plan.sample_keys() if key not in done]
     for key in {key[:2]: key for key in waiting}.values():
         plan.make_sample(
             key, tokenizer, haystack
         )  # what cannot be asked is known now, not after hours of reading
-    return _evaluate(
-        model, tokenizer, haystack, plan, checkpoint, segment_size, batch_size, waiting, on_progress
+    records = _evaluate(
+        model,
+        tokenizer,
+        haystack,
+        plan,
+        checkpoint,
+        segment_size,
+        batch_size,
+        make_cache,
+        waiting,
+        on_progress,
     )
+    return (replace(record, memory_dtype=memory_dtype) for record in records)
+
+
+def _cache_maker(model: PreTrainedModel, memory_dtype: str | None) -> Callable[[], Cache | None]:
+    """Makes the state that a text is read into; ``None``: the model makes its own."""
+    if memory_dtype is None:
+        return lambda: None
+    if not isinstance(model, DRTForCausalLM) or not model.config.retrieval:
+        raise DRTError(
+            f"a memory in {memory_dtype} is a DRT model's; {type(model).__name__} has no chunk memory"
+        )
+    if memory_dtype not in DTYPES:
+        raise DRTError(f"chunks can be held as {', '.join(DTYPES)}, got {memory_dtype!r}")
+    config = model.config
+    return lambda: DRTCache(config, DeviceStore(dtype=memory_dtype))
 
 
 def _evaluate(
@@ -150,6 +181,7 @@ def _evaluate(
     checkpoint: str,
     segment_size: int,
     batch_size: int | None,
+    make_cache: Callable[[], Cache | None],
     waiting: list[SampleKey],
     on_progress: Callable[[int], None] | None,
 ) -> Iterator[NeedleRecord]:
@@ -159,7 +191,9 @@ def _evaluate(
         keys = [key for key in waiting[:rows] if key[:2] == (task, length)]
         waiting = waiting[len(keys) :]
         samples = [plan.make_sample(key, tokenizer, haystack) for key in keys]
-        answers = _read_and_answer(model, samples, max(1, segment_size // len(keys)), on_progress)
+        answers = _read_and_answer(
+            model, samples, max(1, segment_size // len(keys)), make_cache(), on_progress
+        )
         for key, sample, generated in zip(keys, samples, answers.generated, strict=True):
             yield NeedleRecord(
                 task=task,
@@ -185,14 +219,20 @@ def _evaluate(
 
 
 def finished_keys(
-    records: list[NeedleRecord], plan: NeedlePlan, *, checkpoint: str, dtype: str, haystack: list[str]
+    records: list[NeedleRecord],
+    plan: NeedlePlan,
+    *,
+    checkpoint: str,
+    dtype: str,
+    haystack: list[str],
+    memory_dtype: str | None = None,
 ) -> set[SampleKey]:
     """The samples that an earlier run of the same evaluation has answered.
 
     Args:
         records: of the earlier run.
         plan: of this run; its tasks and lengths may be others, all else has to be the same.
-        checkpoint, dtype, haystack: as this run's records will hold them.
+        checkpoint, dtype, haystack, memory_dtype: as this run's records will hold them.
 
     Raises:
         DRTError: a record of an evaluation with other settings; says which.
@@ -204,6 +244,7 @@ def finished_keys(
             "checkpoint": checkpoint,
             "dtype": dtype,
             "haystack": haystack,
+            "memory_dtype": memory_dtype,
             "settings": plan.settings(record.task) if record.task in TASKS else None,
         }
         for name, value in wanted.items():
@@ -229,6 +270,7 @@ def _read_and_answer(
     model: PreTrainedModel,
     samples: list[NeedleSample],
     segment_size: int,
+    cache: Cache | None,
     on_progress: Callable[[int], None] | None,
 ) -> _Answers:
     """Read prompts of equal length, `segment_size` tokens of each at a time, and continue them greedily."""
@@ -236,7 +278,6 @@ def _read_and_answer(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     prompts = torch.stack([torch.as_tensor(sample.input_ids, dtype=torch.int32) for sample in samples])
-    cache = None
     start = clock(device)
     for segment in prompts[:, :-1].split(segment_size, dim=1):
         output = model(

@@ -50,6 +50,7 @@ class NeedleRecord(EvaluationRecord):
         batch_size: samples that were read together.
         haystack: names of the texts that the sample was cut from.
         settings: what else defines the task, such as `{"needles": 6}`.
+        memory_dtype: how keys and values of chunks were held; None: as the model computes them.
     """
 
     length: int
@@ -67,6 +68,7 @@ class NeedleRecord(EvaluationRecord):
     batch_size: int
     haystack: list[str]
     settings: dict[str, int]
+    memory_dtype: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,21 +216,23 @@ def from_line(line: str) -> EvaluationRecord:
     """Read what `to_line` wrote; the fields tell which record it is.
 
     Raises:
-        ValueError: not JSON, or not exactly the fields of one of `KINDS` with values of their types.
+        ValueError: not JSON, or not the fields of one of `KINDS` with values of their types. A field with a default
+            may be missing: a later release added it.
     """
     values = json.loads(line)
     if not isinstance(values, dict):
         raise ValueError(f"wanted a JSON object, got {type(values).__name__}")
     kind = max(KINDS, key=lambda kind: len(_fields(kind).keys() & values.keys()))
     fields = _fields(kind)
-    missing, unknown = fields.keys() - values.keys(), values.keys() - fields.keys()
+    optional = {field.name for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}
+    missing, unknown = fields.keys() - values.keys() - optional, values.keys() - fields.keys()
     if missing or unknown:
         raise ValueError(
             f"wanted the fields of a {kind.__name__}; missing {sorted(missing)}, unknown {sorted(unknown)}"
         )
-    for name, annotation in fields.items():
-        if not _fits(values[name], annotation):
-            raise ValueError(f"{name}: wanted {annotation}, got {values[name]!r}")
+    for name, value in values.items():
+        if not _fits(value, fields[name]):
+            raise ValueError(f"{name}: wanted {fields[name]}, got {value!r}")
     return kind(**values)
 
 
@@ -240,8 +244,8 @@ def _fits(value: Any, annotation: str) -> bool:
         return isinstance(value, dict) and all(_fits(item, annotation[10:-1]) for item in value.values())
     if annotation == "bool" or isinstance(value, bool):
         return annotation == "bool" and isinstance(value, bool)
-    if annotation == "int | None":
-        return value is None or isinstance(value, int)
+    if annotation.endswith(" | None"):
+        return value is None or _fits(value, annotation.removesuffix(" | None"))
     kinds: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}
     return isinstance(value, kinds[annotation])
 
