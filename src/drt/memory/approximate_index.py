@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,10 +30,24 @@ from drt.memory.manifest import Point, from_json
 INDEX_FILE = "landmarks.faiss"
 FORMAT, FORMAT_VERSION = "drt-landmark-index", 1
 CANDIDATES = 64  # named for a query, at least
-PROBED_LISTS = 32  # searched for a query
 TRAINED_ON = 64  # landmarks for each list, to choose its centre by
 LEAST_IN_LIST = 40  # landmarks in a list, on average; faiss wants 39 to train on
 HEAD_BYTES = 2**16  # of the line of JSON, at most
+
+
+class IndexKind(NamedTuple):
+    """What faiss makes: see its `index_factory` and `ParameterSpace`.
+
+    Attributes:
+        factory: its parts; `{lists}` stands for a number of inverted lists.
+        parameters: of a search.
+    """
+
+    factory: str
+    parameters: str
+
+
+KIND = IndexKind("IVF{lists},SQ8", "nprobe=32")  # chosen by benchmarks/landmark_index.py
 
 
 class ApproximateIndex:
@@ -63,27 +77,24 @@ class ApproximateIndex:
         return bool((_checksums(landmarks) == self.crc32[numbers.numpy()]).all())
 
 
-def build_index(point: Point, sample: Tensor, blocks: Iterable[Tensor]) -> ApproximateIndex:
+def build_index(
+    point: Point, sample: Tensor, blocks: Iterable[Tensor], kind: IndexKind = KIND
+) -> ApproximateIndex:
     """Index all landmarks of an archive.
 
     Args:
         point: of the archive.
         sample: (`training_size`, H), some of them.
-        blocks: (n_i, H), all of them in order, as they lie in the archive; held no longer than they are added.
+        blocks: (n_i, H), all of them in order, as they lie in the archive; none is held after it was added.
+        kind: of the index.
 
     Raises:
         DRTError: faiss is not installed.
     """
     faiss = import_faiss()
-    width = sample.shape[1]
-    index = faiss.IndexIVFScalarQuantizer(
-        faiss.IndexFlatIP(width),
-        width,
-        num_lists(point.chunks),
-        faiss.ScalarQuantizer.QT_8bit,
-        faiss.METRIC_INNER_PRODUCT,
-    )
-    index.nprobe = PROBED_LISTS
+    factory = kind.factory.format(lists=num_lists(point.chunks))
+    index = faiss.index_factory(sample.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    faiss.ParameterSpace().set_index_parameters(index, kind.parameters)
     index.train(sample.float().numpy())
     crc32 = []
     for block in blocks:
