@@ -4,7 +4,9 @@
 
 The texts, with needles at even depths, are read into an archive by the model that ships; a stopped run goes on, and an
 archive that is there is used as it is. Indexes are made of its first landmarks, as many as each size says, and asked
-with the queries that the model makes of needle questions and of the chunks of a text.
+with the queries that the model makes of needle questions and of the chunks of a text. A size beyond what the archive
+holds is filled with copies of its landmarks, each turned by as much as neighbours differ; what a needle's question
+finds is not copied.
 
 - build s, bytes: to make an index, and to keep it.
 - first ms: of a new reader's first query: what is searched is read (from the system's cache of files) and checked.
@@ -15,6 +17,7 @@ with the queries that the model makes of needle questions and of the chunks of a
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,6 +54,8 @@ TOP_K = 8
 NEEDLES = 100
 ASKING = 2**13  # tokens of the text whose chunks ask
 TOKENS_A_CHUNK = 31  # of the shipped model
+TURN = 0.018  # radians between a landmark and the nearest other: the median of 10,000 of English text
+COPIED_AT_ONCE = 2**13
 KINDS = {
     "IVF, 8 bits": KIND,
     "IVF, float32": IndexKind("IVF{lists},Flat", "nprobe=32"),
@@ -79,8 +84,10 @@ def main() -> None:
     names = build_archive(model, tokenizer, arguments.texts, arguments.folder)
     with Archive.open(arguments.folder) as archive:
         queries = make_queries(model, TextCodec(tokenizer), archive, names, arguments.texts[0])
+        held = archive.num_chunks
     for size in arguments.sizes:
-        measure(report, arguments, size, queries)
+        folder = arguments.folder if size <= held else enlarge(arguments.folder, held, size, queries)
+        measure(report, arguments, folder, size, queries)
     report.finish("length", "search", {"query_ms": "ms for a query", "first_ms": "ms for the first query"})
 
 
@@ -126,22 +133,51 @@ def make_queries(model: Any, codec: TextCodec, archive: Archive, names: list[str
     return Queries(needle, torch.cat(asked)[None])
 
 
-def measure(report: Report, options: argparse.Namespace, size: int, queries: Queries) -> None:
+def enlarge(folder: Path, held: int, size: int, queries: Queries) -> Path:
+    """An archive of landmarks alone: those of another, then copies, turned a little."""
+    target = folder.with_name(f"{folder.name}-{size}")
+    if (target / MANIFEST).exists():
+        return target
+    source = landmarks(folder, held)
+    real = torch.cat([block[0] for _, block in source.blocks(0)])
+    plain = torch.ones(held, dtype=torch.bool)
+    plain[select(source, queries.needle).flatten()] = False
+    copied = plain.nonzero().flatten()
+    description = Manifest.load(folder / MANIFEST).description
+    description = replace(description, chunk_size=1, num_heads=1, head_dim=1)
+    generator = torch.Generator().manual_seed(0)
+    with ArchiveWriter.create(target, description) as writer:
+        writer.begin_document("landmarks")
+        store = writer.store()
+        for first in range(0, size, COPIED_AT_ONCE):
+            number = torch.arange(first, min(first + COPIED_AT_ONCE, size))
+            block = torch.empty(len(number), real.shape[1])
+            block[number < held] = real[number[number < held]]
+            copies = real[copied[number[number >= held] % len(copied)]]
+            turn = torch.randn(copies.shape, generator=generator) * copies.norm(dim=1, keepdim=True)
+            block[number >= held] = copies + TURN / real.shape[1] ** 0.5 * turn
+            nothing, lengths = torch.zeros(1, len(number), 1, 1, 1), torch.ones(1, len(number)).long()
+            store.append(nothing, nothing, block[None], lengths, torch.tensor([len(number)]))
+            writer.commit({}, finished=number[-1] == size - 1)
+    return target
+
+
+def measure(report: Report, options: argparse.Namespace, archive: Path, size: int, queries: Queries) -> None:
     """Search the first landmarks of an archive exactly, then by each kind of index."""
     one = queries.needle[:, :1]
-    exact = [select(landmarks(options.folder, size), query) for query in queries]
+    exact = [select(landmarks(archive, size), query) for query in queries]
     for name in ("exact", *options.kinds.split(";")):
         record: dict[str, Any] = {"search": name, "chunks": size, "length": size * TOKENS_A_CHUNK}
         with TemporaryDirectory() as folder:
             if name != "exact":
                 start = now()
-                index = build(options.folder, size, KINDS[name])
+                index = build(archive, size, KINDS[name])
                 record["build_seconds"] = now() - start
                 record["bytes"] = Path(folder, INDEX_FILE).write_bytes(dump_index(index))
                 del index
             start = now()
             held = None if name == "exact" else load_index(Path(folder), verify=True)
-            searched = landmarks(options.folder, size, held)
+            searched = landmarks(archive, size, held)
             select(searched, one)
             record["first_ms"] = 1e3 * (now() - start)
         times = seconds({name: lambda searched=searched: select(searched, one)}, options.repeats)

@@ -51,6 +51,19 @@ def test_a_search_on_disk_finds_what_one_in_memory_does(path: Path, rows: int) -
         torch.testing.assert_close(found.chunk_weights, expected.chunk_weights)
 
 
+def test_weights_are_computed_in_float32_of_landmarks_as_they_are_held(path: Path) -> None:
+    """Whatever they are held in; 16 bits would be a thousand times less exact."""
+    query = torch.randn(1, 6, WIDTH)
+    with Archive.open(path) as archive:
+        blocks = archive.store().landmark_blocks()
+        found = retrieve_chunks(query, blocks, torch.full((1, 6), SEGMENTS * CHUNKS), top_k=3)
+        held = blocks.read(found.chunk_indices)
+    assert held.dtype == getattr(torch, archive.description.landmark_dtype)
+    scores = (query.unsqueeze(-2).double() * held.double()).sum(-1) * WIDTH**-0.5
+    torch.testing.assert_close(found.scores.double(), scores, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.chunk_weights.double(), scores.softmax(-1), rtol=1e-5, atol=1e-6)
+
+
 def test_no_block_is_read_that_no_query_sees(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[tuple[int, int]] = []
     landmarks = ArchivePage.landmarks
