@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from drt.data.haystack import sample_haystack
+from drt.data.prepare import PrepareConfig, prepare_corpus
+from drt.data.sources import Source
+from drt.data.tokenizer import save_tokenizer, train_tokenizer
 from drt.train.config import DataConfig, OptimizerConfig, StageConfig, TrainConfig, ValidationConfig
 
 TINY_MODEL = {
@@ -68,3 +73,22 @@ def make_config(tmp_path: Path) -> Callable[..., TrainConfig]:
         return dataclasses.replace(base, output_dir=str(tmp_path / name), **changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty documents of English prose, in a BPE of 300 entries."""
+    folder = tmp_path_factory.mktemp("corpus")
+    text = sample_haystack().text.decode()
+    pieces = [text[number * 3000 :][:3000] for number in range(40)]
+    rows = "\n".join(json.dumps({"id": str(number), "text": piece}) for number, piece in enumerate(pieces))
+    (folder / "rows.jsonl").write_text(rows)
+    save_tokenizer(train_tokenizer(pieces, 300), folder / "bpe")
+    config = PrepareConfig(
+        sources=[Source(path=str(folder / "rows.jsonl"))],
+        tokenizer=str(folder / "bpe"),
+        validation_share=0.2,
+        test_share=0.1,
+    )
+    prepare_corpus(config, folder / "corpus")
+    return folder / "corpus"

@@ -9,7 +9,7 @@ import pytest
 
 from drt.train.config import load_config
 from drt.train.estimate import estimate_run, saved_bytes
-from drt.train.run import build_model
+from drt.train.models import build_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -20,16 +20,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drt.data.corpus import open_corpus
 from drt.data.haystack import sample_haystack
-from drt.data.prepare import PrepareConfig, prepare_corpus
 from drt.data.sampling import WindowSampler
-from drt.data.sources import Source
 from drt.data.tokenizer import save_tokenizer, train_tokenizer
 from drt.errors import DRTError
 from drt.train.checkpoints import find_checkpoints
 from drt.train.config import CorpusConfig, LanguageModelConfig, OptimizerConfig, load_config
 from drt.train.language_model import LanguageModelTrainer, next_token_loss
 from drt.train.logs import read_metrics
-from drt.train.run import build_model, run_training
+from drt.train.models import build_model
+from drt.train.run import run_training
 
 MODEL = {
     "hidden_size": 32,
@@ -45,25 +44,6 @@ MODEL = {
     "gumbel_noise": True,
 }
 MakeConfig = Callable[..., LanguageModelConfig]
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty documents of English prose, in a BPE of 300 entries."""
-    folder = tmp_path_factory.mktemp("corpus")
-    text = sample_haystack().text.decode()
-    pieces = [text[number * 3000 :][:3000] for number in range(40)]
-    rows = "\n".join(json.dumps({"id": str(number), "text": piece}) for number, piece in enumerate(pieces))
-    (folder / "rows.jsonl").write_text(rows)
-    save_tokenizer(train_tokenizer(pieces, 300), folder / "bpe")
-    config = PrepareConfig(
-        sources=[Source(path=str(folder / "rows.jsonl"))],
-        tokenizer=str(folder / "bpe"),
-        validation_share=0.2,
-        test_share=0.1,
-    )
-    prepare_corpus(config, folder / "corpus")
-    return folder / "corpus"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from drt.errors import DRTError
@@ -63,8 +63,6 @@ def load_model(
             names or shapes are not those of the configuration, an embedding retriever without its embedder.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise DRTError(f"no checkpoint folder at {folder}")
     model_class = _model_class(folder)
     try:
         model, info = _load_weights(model_class, folder, dtype)
@@ -78,13 +76,29 @@ def load_model(
     if problems:
         shown = "; ".join(problems[:_SHOWN]) + ("; ..." if len(problems) > _SHOWN else "")
         raise DRTError(f"the weights in {folder} do not fit its config.json: {shown}")
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     attach_embedder(model, tokenizer)
     return model.eval(), tokenizer
 
 
+def load_model_config(path: Path | str) -> PreTrainedConfig:
+    """The configuration of a checkpoint folder.
+
+    Raises:
+        DRTError: no such folder, a model of another architecture, a config.json that is missing or does not fit.
+    """
+    folder = Path(path)
+    model_class = _model_class(folder)
+    try:
+        return cast(Any, model_class).config_class.from_pretrained(folder, local_files_only=True)
+    except (StrictDataclassError, ValueError, OSError) as error:
+        raise DRTError(f"{folder / 'config.json'}: {error.__cause__ or error}") from error
+
+
 def _model_class(folder: Path) -> type[PreTrainedModel]:
     """The class that config.json asks for."""
+    if not folder.is_dir():
+        raise DRTError(f"no checkpoint folder at {folder}")
     path = folder / "config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -138,7 +152,12 @@ def _describe(info: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        DRTError: there is none, or it cannot be read.
+    """
     if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
         raise DRTError(f"{folder} holds no tokenizer; save the one that the model was trained with into it")
     try:

@@ -141,7 +141,10 @@ class RunConfig:
 
     Args:
         output_dir: folder of the run: checkpoints, logs and, at the end, `final`.
-        model: `model_type` (default `drt`) and fields of that model's configuration.
+        model: `model_type` (default `drt`) and fields of that model's configuration. With init_from: what is not
+            named is as in the checkpoint, and what is named must be, but for `gumbel_noise`.
+        init_from: folder of the checkpoint whose weights the run starts from, such as another run's `final`; null:
+            fresh weights.
         optimizer: optimizer and learning-rate schedule.
         tokens_per_step: tokens in a batch, over all processes.
         max_steps: optimizer steps.
@@ -156,6 +159,7 @@ class RunConfig:
 
     output_dir: str
     model: dict[str, Any]
+    init_from: str | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     tokens_per_step: int = 4096
     max_steps: int = 2500
@@ -187,7 +191,8 @@ class TrainConfig(RunConfig):
 
     Args:
         task: `needles`.
-        model: chunk_size must be among its fields, for rows are counted in chunks.
+        chunk_size: tokens of a chunk, in which rows are counted; null: model.chunk_size. A model without chunks, or
+            one whose fields are in its checkpoint, wants it here.
         data: text and needles.
         curriculum: stages, in order.
         validation: what is generated every `eval_every` steps.
@@ -196,6 +201,7 @@ class TrainConfig(RunConfig):
     """
 
     task: str = "needles"
+    chunk_size: int | None = None
     data: DataConfig
     curriculum: list[StageConfig]
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -203,10 +209,21 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        size = self.model.get("chunk_size")
-        _require(type(size) is int and size >= 1, f"model.chunk_size: wanted a whole number >= 1, got {size}")
+        of_model = self.model.get("chunk_size")
+        size = of_model if self.chunk_size is None else self.chunk_size
+        _require(
+            type(size) is int and size >= 1,
+            f"chunk_size, model.chunk_size: wanted a whole number >= 1, got {size}",
+        )
+        _require(of_model in (None, size), f"chunk_size: wanted model.chunk_size = {of_model}, got {size}")
         _require(bool(self.curriculum), "curriculum: wanted at least one stage, got none")
         _require(self.text_weight >= 0, f"text_weight: wanted at least 0, got {self.text_weight}")
+
+    @property
+    def tokens_per_chunk(self) -> int:
+        """Tokens of a chunk, in which rows are counted."""
+        size: int = self.model["chunk_size"] if self.chunk_size is None else self.chunk_size
+        return size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,13 +343,13 @@ def mix_config(config: TrainConfig, stage: StageConfig) -> NeedleMixConfig:
 
 
 def _mix_fields(config: TrainConfig, stage: StageConfig) -> dict[str, Any]:
-    row_length = stage.chunks * config.model["chunk_size"]
+    row_length = stage.chunks * config.tokens_per_chunk
     return {
         **config.data.mix,
         **stage.mix,
         "rows": config.tokens_per_step // row_length,
         "row_length": row_length,
-        "chunk_size": config.model["chunk_size"],
+        "chunk_size": config.tokens_per_chunk,
         "chain_share": stage.chain_share,
     }
 

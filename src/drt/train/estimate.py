@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from drt.models.cost import training_flops
 from drt.train.config import LanguageModelConfig, RunConfig, TrainConfig
-from drt.train.run import build_model
+from drt.train.models import make_model_config
 
 # Weights, gradients and the two moments of AdamW, all float32, also with automatic mixed precision.
 _BYTES_A_PARAMETER = 16
@@ -57,14 +56,14 @@ def estimate_run(config: RunConfig, processes: int = 1) -> Estimate:
         processes: that share the rows of a step.
 
     Raises:
-        DRTError: as `build_model`; the rows cannot be shared evenly.
+        DRTError: as `make_model_config`; the rows cannot be shared evenly.
     """
     if isinstance(config, LanguageModelConfig):
         length = config.data.sequence_length
         rows = config.rows_per_step // processes // config.passes_per_step(processes)
     else:
         assert isinstance(config, TrainConfig)
-        length = config.curriculum[-1].chunks * config.model["chunk_size"]
+        length = config.curriculum[-1].chunks * config.tokens_per_chunk
         rows = config.tokens_per_step // length
     model = _model_of_shapes(config)
     probe = min(length, _PROBE_TOKENS)
@@ -90,10 +89,13 @@ def estimate_run(config: RunConfig, processes: int = 1) -> Estimate:
 
 def _model_of_shapes(config: RunConfig) -> PreTrainedModel:
     """The run's model, whose tensors have shapes and a device but no numbers, so that its size costs nothing."""
-    if config.model.get("retriever") == "embedding":  # wants its embedder, and keeps no more than another
-        config = dataclasses.replace(config, model=config.model | {"retriever": "random"})
+    model_config = make_model_config(config)
+    if (
+        getattr(model_config, "retriever", None) == "embedding"
+    ):  # wants its embedder, and keeps no more than another
+        model_config.retriever = "random"
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return build_model(config)
+        return AutoModelForCausalLM.from_config(model_config)
 
 
 def saved_bytes(model: PreTrainedModel, length: int) -> int:

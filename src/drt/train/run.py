@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import shutil
 import tempfile
 from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
 
 import torch
 import yaml
-from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    ByT5Tokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,7 +21,6 @@ from transformers import (
 )
 from transformers.utils import logging
 
-import drt.models  # noqa: F401 (registers the models with the Auto classes)
 from drt.errors import DRTError, Interrupted
 from drt.models.drt.embedder import attach_embedder
 from drt.train.batches import BatchMaker
@@ -33,8 +28,9 @@ from drt.train.checkpoints import checkpoint_folder, find_checkpoints
 from drt.train.config import LanguageModelConfig, RunConfig, TrainConfig, config_to_dict
 from drt.train.curriculum import RunningTotals
 from drt.train.interrupt import Interrupt
-from drt.train.language_model import LanguageModelTrainer, corpus_tokenizer, vocabulary_fields
+from drt.train.language_model import LanguageModelTrainer
 from drt.train.logs import METRICS_FILE, Display, MetricsFile
+from drt.train.models import build_model, make_tokenizer
 from drt.train.record import RECORD_FILE, training_record
 from drt.train.trainer import NeedleTrainer, RunTrainer
 from drt.train.validation import NeedleValidation
@@ -84,6 +80,7 @@ def run_training(config: RunConfig, command: list[str], console: Console | None 
     tokenizer = make_tokenizer(config)
     model = build_model(config)
     attach_embedder(model, tokenizer)
+    as_begun = deepcopy(model.config)  # a curriculum may change it
     if rank:
         set_seed(config.seed + rank)  # the weights are the same everywhere, the noise on the scores is not
     display = Display(console, len(config.curriculum) if isinstance(config, TrainConfig) else 1)
@@ -107,20 +104,9 @@ def run_training(config: RunConfig, command: list[str], console: Console | None 
             f"run the same command again to go on"
         )
     if rank == 0:
-        export(trainer, config, command, model, tokenizer)
+        export(trainer, config, command, as_begun, tokenizer)
     trainer.accelerator.wait_for_everyone()
     return final
-
-
-def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The corpus' tokenizer; bytes for needles.
-
-    Raises:
-        DRTError: no corpus, or its tokenizer is damaged.
-    """
-    if isinstance(config, LanguageModelConfig):
-        return corpus_tokenizer(config)
-    return ByT5Tokenizer(extra_ids=0)
 
 
 def make_trainer(
@@ -189,36 +175,6 @@ def find_resume_point(output_dir: Path, console: Console) -> Path | None:
     return whole[-1] if whole else None
 
 
-def build_model(config: RunConfig) -> PreTrainedModel:
-    """A model with fresh weights, the same for the same seed.
-
-    Raises:
-        DRTError: an unknown model_type, unknown or unfitting fields in the model section, no corpus.
-    """
-    fields = {"model_type": "drt", **config.model}
-    if isinstance(config, LanguageModelConfig) and "vocab_size" not in fields:
-        fields |= vocabulary_fields(config)
-    model_type = fields.pop("model_type")
-    try:
-        config_class = type(AutoConfig.for_model(model_type))
-    except ValueError as error:
-        raise DRTError(f"model.model_type: wanted drt or a baseline's, got {model_type!r}") from error
-    # Its own fields, not the library's hundred others.
-    bases = [base for base in config_class.__mro__ if issubclass(base, PreTrainedConfig)]
-    known = [name for base in bases if base is not PreTrainedConfig for name in inspect.get_annotations(base)]
-    for key in fields:
-        if key not in known:
-            raise DRTError(
-                f"unknown key model.{key}; wanted a field of {config_class.__name__}: {', '.join(known)}"
-            )
-    try:
-        model_config = config_class(**fields)
-    except (StrictDataclassError, ValueError) as error:
-        raise DRTError(f"model: {error.__cause__ or error}") from error
-    set_seed(config.seed)
-    return AutoModelForCausalLM.from_config(model_config)
-
-
 def tensorboard_callback(output_dir: Path, resume: Path | None) -> TrainerCallback:
     """The Trainer's TensorBoard callback; a resumed run hides what the stopped one wrote after its
     checkpoint.
@@ -243,14 +199,13 @@ def export(
     trainer: RunTrainer,
     config: RunConfig,
     command: list[str],
-    model: PreTrainedModel,
+    model_config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Write the best checkpoint by validation (without it, the last) to `final`, whole or not at all."""
     output_dir = Path(config.output_dir)
     step = trainer.state.best_global_step or trainer.state.global_step
-    model = type(model).from_pretrained(checkpoint_folder(output_dir, step))
-    model.config.gumbel_noise = config.model.get("gumbel_noise", False)  # the curriculum may have changed it
+    model = type(trainer.causal_lm).from_pretrained(checkpoint_folder(output_dir, step), config=model_config)
     temporary = output_dir / f"{FINAL_FOLDER}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)

@@ -200,6 +200,9 @@ class NeedleTrainer(RunTrainer):
         make_batch: (step, stage) -> a batch as `BatchMaker` makes it; must depend on nothing else.
         validate: (model in eval mode) -> metrics with the key `score`; higher is better. None: no validation.
         callbacks: further callbacks.
+
+    Raises:
+        DRTError: several processes, or a model with chunks of another size than the run's.
     """
 
     config: TrainConfig
@@ -213,6 +216,9 @@ class NeedleTrainer(RunTrainer):
         validate: Validate | None,
         callbacks: list[TrainerCallback],
     ) -> None:
+        chunk_size = getattr(model.config, "chunk_size", None)
+        if chunk_size not in (None, config.tokens_per_chunk):
+            raise DRTError(f"chunk_size: wanted the model's {chunk_size}, got {config.tokens_per_chunk}")
         self.make_batch = make_batch
         curriculum = Curriculum(config_to_dict(config)["curriculum"])
         args = training_arguments(config, validate is not None)
@@ -224,7 +230,8 @@ class NeedleTrainer(RunTrainer):
         """One ready batch a step, made when it is asked for: the stage may have changed."""
         while True:
             stage = self.find_callback(Curriculum).current
-            self.causal_lm.config.gumbel_noise = stage.gumbel_noise
+            if hasattr(self.causal_lm.config, "gumbel_noise"):  # a baseline selects no chunks in training
+                self.causal_lm.config.gumbel_noise = stage.gumbel_noise
             self._read_chunks(stage.retrieval_top_k)
             yield self.make_batch(self.state.global_step, stage)
 

@@ -1,0 +1,126 @@
+"""The model and the tokenizer that a run starts with."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    ByT5Tokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+import drt.models  # noqa: F401 (registers the models with the Auto classes)
+from drt.data.tokenizer import fingerprint
+from drt.errors import DRTError
+from drt.models.loading import load_model, load_model_config, load_tokenizer
+from drt.train.config import LanguageModelConfig, RunConfig
+from drt.train.language_model import corpus_tokenizer, vocabulary_fields
+
+
+def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The corpus' tokenizer, else that of the checkpoint the run starts from, else bytes.
+
+    Raises:
+        DRTError: no corpus or no checkpoint, a damaged tokenizer, or a corpus of another one than the checkpoint's.
+    """
+    held = None if config.init_from is None else load_tokenizer(Path(config.init_from))
+    if not isinstance(config, LanguageModelConfig):
+        return ByT5Tokenizer(extra_ids=0) if held is None else held
+    tokenizer = corpus_tokenizer(config)
+    if held is not None and fingerprint(held) != fingerprint(tokenizer):
+        raise DRTError(
+            f"init_from {config.init_from}: its tokenizer is not that of the corpus {config.data.corpus}; prepare the "
+            f"corpus with --tokenizer {config.init_from}"
+        )
+    return tokenizer
+
+
+def build_model(config: RunConfig) -> PreTrainedModel:
+    """The model a run starts with: fresh weights, the same for the same seed, or those of `init_from`; in float32.
+
+    Raises:
+        DRTError: as `make_model_config`; weights that are missing or damaged.
+    """
+    model_config = make_model_config(config)
+    set_seed(config.seed)
+    if config.init_from is None:
+        return AutoModelForCausalLM.from_config(model_config)
+    model, _ = load_model(config.init_from, torch.float32)
+    if hasattr(model_config, "gumbel_noise"):
+        model.config.gumbel_noise = model_config.gumbel_noise
+    return model
+
+
+def make_model_config(config: RunConfig) -> PreTrainedConfig:
+    """The configuration of the model a run starts with.
+
+    Raises:
+        DRTError: an unknown model_type, unknown or unfitting fields in the model section, no corpus, no checkpoint at
+            `init_from`, or one of another architecture.
+    """
+    fields = dict(config.model)
+    if config.init_from is not None:
+        return _checkpoint_config(config.init_from, fields)
+    if isinstance(config, LanguageModelConfig) and "vocab_size" not in fields:
+        fields |= vocabulary_fields(config)
+    model_type = fields.pop("model_type", "drt")
+    try:
+        config_class = type(AutoConfig.for_model(model_type))
+    except ValueError as error:
+        raise DRTError(f"model.model_type: wanted drt or a baseline's, got {model_type!r}") from error
+    return _make(config_class, fields)
+
+
+def _checkpoint_config(folder: str, fields: dict[str, Any]) -> PreTrainedConfig:
+    """The checkpoint's configuration; what the model section names must be in it, but for the noise in training."""
+    held = load_model_config(folder)
+    kind = type(held)
+    model_type = fields.pop("model_type", held.model_type)
+    if model_type != held.model_type:
+        raise _other_architecture(folder, [("model_type", held.model_type, model_type)])
+    _check_names(kind, fields)
+    own = {name: getattr(held, name) for name in _field_names(kind)}
+    noise = {name: fields.pop(name) for name in ("gumbel_noise",) if name in fields}
+    if differing := [(name, own[name], x) for name, x in fields.items() if x is not None and x != own[name]]:
+        raise _other_architecture(folder, differing)
+    wanted = _make(kind, own | fields | noise)  # null stands for a value that follows from others
+    if differing := [
+        (name, own[name], getattr(wanted, name)) for name in fields if getattr(wanted, name) != own[name]
+    ]:
+        raise _other_architecture(folder, differing)
+    return wanted
+
+
+def _other_architecture(folder: str, differing: list[tuple[str, Any, Any]]) -> DRTError:
+    shown = "; ".join(f"{name}: {there!r} there, {here!r} here" for name, there, here in differing)
+    return DRTError(f"init_from {folder}: a checkpoint of another architecture ({shown})")
+
+
+def _make(kind: type[PreTrainedConfig], fields: dict[str, Any]) -> PreTrainedConfig:
+    _check_names(kind, fields)
+    try:
+        return kind(**fields)
+    except (StrictDataclassError, ValueError) as error:
+        raise DRTError(f"model: {error.__cause__ or error}") from error
+
+
+def _check_names(kind: type[PreTrainedConfig], fields: dict[str, Any]) -> None:
+    known = _field_names(kind)
+    for key in fields:
+        if key not in known:
+            raise DRTError(f"unknown key model.{key}; wanted a field of {kind.__name__}: {', '.join(known)}")
+
+
+def _field_names(config_class: type[PreTrainedConfig]) -> list[str]:
+    """A configuration's own fields, not the library's hundred others."""
+    bases = [base for base in config_class.__mro__ if issubclass(base, PreTrainedConfig)]
+    return [name for base in bases if base is not PreTrainedConfig for name in inspect.get_annotations(base)]
