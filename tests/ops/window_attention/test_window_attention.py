@@ -157,6 +157,18 @@ def test_compiled_gradients(key_start: tuple[int, int] | None) -> None:
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("key_start", [None, (0, 3)])
+def test_operator_registration(key_start: tuple[int, int] | None) -> None:
+    start = None if key_start is None else torch.tensor(key_start)
+    query, key, value, grad = draw(6, past=1, dtype=torch.bfloat16)
+    operators = torch.ops.drt
+    arguments = (start, alibi_slopes(4), 3, 0.25)
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    torch.library.opcheck(operators.window_attention_banded, (*leaves, *arguments))
+    inputs = [x.detach() for x in (grad, query, key, value)]
+    torch.library.opcheck(operators.window_attention_banded_backward, (*inputs, *arguments))
+
+
 def test_memory_is_linear_in_the_length() -> None:
     largest = []
     for length in (2048, 4096):
