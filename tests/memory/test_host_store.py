@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ class Transfer:
     """Stands for the copies of a GPU: what was sent arrives when it is waited for."""
 
     def __init__(self) -> None:
-        self.waits = 0
+        self.waits = self.sent = self.arrived = 0
 
     def to_host(self, tensors: tuple[Tensor, ...]) -> Any:
         class Arrival:
@@ -34,17 +35,32 @@ class Transfer:
 
         return Arrival()
 
+    def to_device(self, tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
+        self.sent += 1
+
+        def arrive() -> tuple[Tensor, ...]:
+            self.arrived += 1
+            return tensors
+
+        return arrive
+
 
 @pytest.fixture
-def page(monkeypatch: pytest.MonkeyPatch) -> HostPage:
+def pinned(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Which tensors were to be pinned; none is, which only a machine with a GPU can do."""
     empty = torch.empty
 
     def unpinned(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
-        pinned.append(pin_memory)
+        asked.append(pin_memory)
         return empty(*args, **kwargs)
 
-    pinned: list[bool] = []
+    asked: list[bool] = []
     monkeypatch.setattr(torch, "empty", unpinned)
+    return asked
+
+
+@pytest.fixture
+def page(pinned: list[bool]) -> HostPage:
     *fields, landmarks, lengths, _ = offer(2, 0)
     made = HostPage.room((*fields, lengths), landmarks, 4, Transfer())  # type: ignore[arg-type]
     assert pinned == [True] * 3, "pages that a GPU reads are pinned"
@@ -80,6 +96,22 @@ def test_a_copied_page_has_what_was_under_way(page: HostPage) -> None:
         for got, wanted in zip(copied.read(torch.tensor([row]), torch.tensor([3])), fields, strict=True):
             assert torch.equal(got, wanted)
     assert torch.equal(copied.landmarks(3, 4)[0], page.landmarks(3, 4)[1])
+
+
+def test_what_is_prefetched_is_sent_at_once_and_waited_for_when_it_is_wanted(pinned: list[bool]) -> None:
+    store, plain = HostStore(dtype="int8", page_size=2), HostStore(dtype="int8", page_size=2)
+    store._transfer = transfer = Transfer()  # type: ignore[assignment]
+    new = offer(2, 5)
+    for one in (store, plain):
+        one.append(*new)
+    indices = torch.tensor([[[4, 0, -1]], [[1, 3, 2]]])
+    arrive = store.prefetch(indices)
+    assert (transfer.sent, transfer.arrived) == (1, 0)
+    for got, wanted in zip(arrive(), plain.gather(indices), strict=True):
+        assert torch.equal(got, wanted)
+    assert (transfer.sent, transfer.arrived) == (1, 1)
+    store.gather(indices)
+    assert (transfer.sent, transfer.arrived) == (2, 2)
 
 
 @pytest.mark.gpu

@@ -326,9 +326,6 @@ class ArchiveStore(PagedStore):
     def _index_device(self, chunk_indices: Tensor) -> torch.device:
         return torch.device("cpu")
 
-    def _deliver(self, fields: Fields, device: torch.device) -> Fields:
-        return tuple(field.to(device) for field in fields)
-
 
 def read_journal(path: Path, point: Point, verify: bool) -> list[Segment]:
     """The segments of a journal up to a point.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -47,6 +48,10 @@ class ChunkStore(Protocol):
 
     def gather(self, chunk_indices: Tensor) -> GatheredChunks:
         """Read chunks by index. chunk_indices: (B, N, K), -1 for an empty slot (its content is zeros)."""
+        ...
+
+    def prefetch(self, chunk_indices: Tensor) -> Callable[[], GatheredChunks]:
+        """Begin to read chunks; what is returned waits for them and gives what `gather` does. Call it once."""
         ...
 
     def landmark_blocks(self) -> LandmarkIndex:

@@ -65,9 +65,6 @@ class DiskStore(PagedStore):
     def _index_device(self, chunk_indices: Tensor) -> torch.device:
         return torch.device("cpu")
 
-    def _deliver(self, fields: Fields, device: torch.device) -> Fields:
-        return tuple(field.to(device) for field in fields)
-
 
 class FilePage:
     """Chunk slots in files: record base + row * capacity + slot of each.

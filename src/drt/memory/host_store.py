@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,8 +36,8 @@ class HostStore(PagedStore):
     def _index_device(self, chunk_indices: Tensor) -> torch.device:
         return torch.device("cpu")
 
-    def _deliver(self, fields: Fields, device: torch.device) -> Fields:
-        return fields if self._transfer is None else self._transfer.to_device(fields)
+    def _deliver(self, fields: Fields, device: torch.device) -> Callable[[], Fields]:
+        return (lambda: fields) if self._transfer is None else self._transfer.to_device(fields)
 
 
 class HostPage(TensorPage):
@@ -129,13 +130,22 @@ class Transfer:
                 source.record_stream(self._stream)
         return Arrival(staged, self._stream.record_event())
 
-    def to_device(self, tensors: Fields) -> Fields:
-        """Copies of host tensors on the GPU, which the current stream waits for and the host does not."""
+    def to_device(self, tensors: Fields) -> Callable[[], Fields]:
+        """Start copies of host tensors to the GPU.
+
+        What is returned gives them, and makes the stream that is then current wait for them, never the host: what was
+        queued there before runs beside the copies.
+        """
         with torch.cuda.stream(self._stream):
             pinned = [x.pin_memory() for x in tensors]
             copies = tuple(x.to(self._device, non_blocking=True) for x in pinned)
-        current = torch.cuda.current_stream(self._device)
-        current.wait_event(self._stream.record_event())
-        for copy in copies:
-            copy.record_stream(current)
-        return copies
+        event = self._stream.record_event()
+
+        def arrive() -> Fields:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(event)
+            for copy in copies:
+                copy.record_stream(current)
+            return copies
+
+        return arrive

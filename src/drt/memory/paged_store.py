@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -84,6 +84,9 @@ class PagedStore:
         self._counts = after
 
     def gather(self, chunk_indices: Tensor) -> GatheredChunks:
+        return self.prefetch(chunk_indices)()
+
+    def prefetch(self, chunk_indices: Tensor) -> Callable[[], GatheredChunks]:
         shape, indices = chunk_indices.shape, chunk_indices.to(self._index_device(chunk_indices))
         starts = torch.tensor([placed.start for placed in self._pages], device=indices.device)
         page_of = torch.where(indices < 0, -1, torch.bucketize(indices.contiguous(), starts, right=True) - 1)
@@ -99,8 +102,13 @@ class PagedStore:
             slot = indices[row, query, rank] - start
             for field, part in zip(fields, page.read(row if rows is None else rows[row], slot), strict=True):
                 field[row, query, rank] = part
-        *held, lengths = self._deliver(tuple(fields), chunk_indices.device)
-        return GatheredChunks(*self._codec.decode(tuple(held)), lengths)
+        arrive = self._deliver(tuple(fields), chunk_indices.device)
+
+        def decoded() -> GatheredChunks:
+            *held, lengths = arrive()
+            return GatheredChunks(*self._codec.decode(tuple(held)), lengths)
+
+        return decoded
 
     def landmark_blocks(self) -> LandmarkIndex:
         return LandmarkIndex(self._pages, self._counts)
@@ -137,9 +145,9 @@ class PagedStore:
         """Where chunks are looked up."""
         raise NotImplementedError
 
-    def _deliver(self, fields: Fields, device: torch.device) -> Sequence[Tensor]:
-        """Gathered fields as they are given out."""
-        return fields
+    def _deliver(self, fields: Fields, device: torch.device) -> Callable[[], Sequence[Tensor]]:
+        """Begin to bring gathered fields to a device; what is returned waits for them."""
+        return lambda: tuple(field.to(device) for field in fields)
 
     def _owned(self, number: int) -> Page:
         """The page, after a copy where it is seen through a row map."""

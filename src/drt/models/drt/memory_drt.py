@@ -16,6 +16,24 @@ from drt.models.drt.chunk_layout import ChunkLayout
 from drt.ops.chunk_retrieval import RetrievedChunks
 
 
+class Retrieval:
+    """What a group reads. Chunks that come from the host are on their way until somebody waits.
+
+    Args:
+        arrive: waits for them.
+    """
+
+    def __init__(self, arrive: Callable[[], RetrievedMemory]) -> None:
+        self._arrive = arrive
+        self._memory: RetrievedMemory | None = None
+
+    def wait(self) -> RetrievedMemory:
+        """All of it; the first call waits."""
+        if self._memory is None:
+            self._memory = self._arrive()
+        return self._memory
+
+
 class ChunkMemory:
     """Chunks that close in this pass, joined with a cache's store where there is one.
 
@@ -47,8 +65,8 @@ class ChunkMemory:
 
     def retrieve(
         self, group: int, retriever: Retriever | FixedRetriever, hidden_states: Tensor, gumbel: bool
-    ) -> RetrievedMemory:
-        """What group ``group`` reads in each block of positions.
+    ) -> RetrievedMemory | Retrieval:
+        """What group ``group`` reads in each block of positions; from a cache it may still be on its way.
 
         Args:
             group: number of the group.
@@ -88,23 +106,27 @@ class ChunkMemory:
         group: int,
         top_k: int,
         ask: Callable[[Tensor | Sequence[Tensor]], RetrievedChunks],
-    ) -> RetrievedMemory:
+    ) -> RetrievedMemory | Retrieval:
         carried = cache.selections[group]
         if carried is None:
             carried = self._nothing(top_k)
         if self.visible.shape[1] == 0:
             return RetrievedMemory(*(tensor.unsqueeze(1) for tensor in carried))
         found = ask(cache.store.landmark_blocks())
-        gathered = cache.store.gather(found.chunk_indices)
-        device = self.keys.device
-        new = (*(t.to(device) for t in gathered), found.chunk_indices, found.chunk_weights)
-        blocks = RetrievedMemory(
-            *(torch.cat([old.unsqueeze(1), t], 1) for old, t in zip(carried, new, strict=True))
-        )
-        rows = torch.arange(len(self.visible), device=device)
-        last = self.layout.upper.closed_counts.to(device)
-        cache.selections[group] = RetrievedMemory(*(tensor[rows, last] for tensor in blocks))
-        return blocks
+        arrive = cache.store.prefetch(found.chunk_indices)
+
+        def remember() -> RetrievedMemory:
+            device = self.keys.device
+            new = (*(t.to(device) for t in arrive()), found.chunk_indices, found.chunk_weights)
+            blocks = RetrievedMemory(
+                *(torch.cat([old.unsqueeze(1), t], 1) for old, t in zip(carried, new, strict=True))
+            )
+            rows = torch.arange(len(self.visible), device=device)
+            last = self.layout.upper.closed_counts.to(device)
+            cache.selections[group] = RetrievedMemory(*(tensor[rows, last] for tensor in blocks))
+            return blocks
+
+        return Retrieval(remember)
 
     def _nothing(self, top_k: int) -> RetrievedMemory:
         """A selection of empty slots, (B, K, ...)."""

@@ -29,7 +29,7 @@ from drt.models.common.loss import causal_loss, needs_no_logits
 from drt.models.drt.cache_drt import DRTCache
 from drt.models.drt.chunk_layout import ChunkLayout, build_chunk_layout, upper_reach
 from drt.models.drt.configuration_drt import DRTConfig
-from drt.models.drt.memory_drt import ChunkMemory
+from drt.models.drt.memory_drt import ChunkMemory, Retrieval
 from drt.models.drt.validation import check_inputs, check_labels
 from drt.ops.window_attention import alibi_slopes
 
@@ -104,13 +104,15 @@ class DRTUpperLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        memory: RetrievedMemory | None,
+        memory: RetrievedMemory | Retrieval | None,
         block_index: Tensor,
         block_inverse: Tensor,
         state: WindowState | None = None,
     ) -> Tensor:
         hidden_states = hidden_states + self.window_attention(self.attention_norm(hidden_states), state)
         informed = hidden_states
+        if isinstance(memory, Retrieval):  # chunks travel from the host while the window is attended to
+            memory = memory.wait()
         if memory is not None:
             informed = informed + self.grouped_cross_attention(
                 hidden_states, memory, block_index, block_inverse
@@ -322,7 +324,7 @@ class DRTModel(DRTPreTrainedModel):
         if layout.upper.index is not None:
             hidden_states = hidden_states.flatten(0, 1)[layout.upper.index]
         per_group = len(self.upper_layers) // self.config.num_groups
-        retrieved: list[RetrievedMemory] = []
+        retrieved: list[RetrievedMemory | Retrieval] = []
         for number, layer in enumerate(self.upper_layers):
             if memory is not None and number % per_group == 0:
                 retriever: Retriever | FixedRetriever = self.retrievers[number // per_group]  # type: ignore[assignment]
@@ -335,7 +337,8 @@ class DRTModel(DRTPreTrainedModel):
                 layout.upper.block_inverse,
                 states[number],
             )
-        return hidden_states, retrieved
+        memories = [one.wait() if isinstance(one, Retrieval) else one for one in retrieved]
+        return hidden_states, memories
 
     def _remember(
         self, given: Tensor, hidden_states: Tensor, layout: ChunkLayout, cache: DRTCache | None
