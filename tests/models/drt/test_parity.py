@@ -106,7 +106,7 @@ def test_another_residual_rule_fails(oracle):
             hidden_states, memory, index, inverse, state=None, layer=layer, attention=attention
         ):
             hidden_states = hidden_states + layer.window_attention(layer.attention_norm(hidden_states), state)
-            hidden_states = hidden_states + attention(hidden_states, memory, index, inverse)
+            hidden_states = hidden_states + attention(hidden_states, memory.wait(), index, inverse)
             return hidden_states + layer.mlp(layer.mlp_norm(hidden_states))
 
         layer.forward = informed_residual
