@@ -257,7 +257,7 @@ def test_corpora_shorter_than_a_row_are_refused(run: Run, make_config: MakeConfi
         ({"rows_per_pass": 0}, "rows_per_pass: wanted at least 1, got 0"),
         ({"sharding": "zero"}, "wanted none or fsdp, got 'zero'"),
         ({"data": {"corpus": "x", "sequence_length": 1}}, "sequence_length: wanted at least 2, got 1"),
-        ({"task": "poetry"}, "task: wanted needles or language_model, got 'poetry'"),
+        ({"task": "poetry"}, "task: wanted needles, language_model, summarization, got 'poetry'"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(tmp_path: Path, changes: dict, message: str) -> None:

@@ -23,12 +23,12 @@ def info(
     from rich.console import Console
     from rich.table import Table
 
-    from drt.train.config import LanguageModelConfig, load_config
+    from drt.train.config import RowsConfig, load_config
     from drt.train.estimate import estimate_run
 
     run = load_config(config, overrides or ())
     found = estimate_run(run, processes)
-    share = processes if isinstance(run, LanguageModelConfig) and run.sharding == "fsdp" else 1
+    share = processes if isinstance(run, RowsConfig) and run.sharding == "fsdp" else 1
     table = Table(show_header=False)
     for name, value in (
         ("model", str(run.model.get("model_type", "drt"))),

@@ -254,27 +254,23 @@ class CorpusConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageModelConfig(RunConfig):
-    """A run that learns to predict the next token of a corpus.
+class RowsConfig(RunConfig):
+    """A run whose steps are made of rows of text, which several processes can share.
 
     Args:
-        task: `language_model`.
-        data: the corpus and its rows; tokens_per_step is a multiple of its sequence_length.
         rows_per_pass: rows that one process computes at once; a step is made of as many passes as it takes (gradient
             accumulation). Null: all of them in one pass.
         sharding: `none`: every process holds the whole model (DDP); `fsdp`: weights, gradients and optimizer are
             split over the processes (FSDP2).
-        Others as in `RunConfig`.
+        Others as in `RunConfig`; tokens_per_step is a multiple of data.sequence_length.
     """
 
-    task: str
-    data: CorpusConfig
     rows_per_pass: int | None = None
     sharding: str = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        length = self.data.sequence_length
+        length = self.sequence_length
         _require(
             self.tokens_per_step % length == 0,
             f"tokens_per_step: wanted a multiple of data.sequence_length = {length}, got {self.tokens_per_step}",
@@ -286,9 +282,14 @@ class LanguageModelConfig(RunConfig):
         )
 
     @property
+    def sequence_length(self) -> int:
+        """Tokens of the longest row."""
+        raise NotImplementedError
+
+    @property
     def rows_per_step(self) -> int:
         """Rows of a step, over all processes."""
-        return self.tokens_per_step // self.data.sequence_length
+        return self.tokens_per_step // self.sequence_length
 
     def passes_per_step(self, world_size: int) -> int:
         """Forward and backward passes that each process makes in a step.
@@ -300,7 +301,7 @@ class LanguageModelConfig(RunConfig):
         if rest:
             raise DRTError(
                 f"tokens_per_step: wanted as many rows for each of {world_size} processes, got "
-                f"{self.rows_per_step} rows of {self.data.sequence_length} tokens"
+                f"{self.rows_per_step} rows of {self.sequence_length} tokens"
             )
         passes, rest = divmod(share, self.rows_per_pass or share)
         if rest:
@@ -310,7 +311,79 @@ class LanguageModelConfig(RunConfig):
         return passes
 
 
-TASKS: dict[str, type[RunConfig]] = {"needles": TrainConfig, "language_model": LanguageModelConfig}
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig(RowsConfig):
+    """A run that learns to predict the next token of a corpus.
+
+    Args:
+        task: `language_model`.
+        data: the corpus and its rows.
+        Others as in `RowsConfig`.
+    """
+
+    task: str
+    data: CorpusConfig
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a row."""
+        return self.data.sequence_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummariesConfig:
+    """Documents with their summaries.
+
+    Args:
+        train: file of JSON lines, plain, .xz or .gz, a document and its summary a line.
+        validation: the same; no document of `train` may be in it.
+        sequence_length: tokens of a row at most: the ends of longer documents are cut off, summaries are kept whole.
+        document_field, summary_field: names of the fields; `article` and `highlights` in CNN-DailyMail.
+        validation_pairs: pairs of `validation`, the first ones, whose loss is measured.
+    """
+
+    train: str
+    validation: str
+    sequence_length: int
+    document_field: str = "document"
+    summary_field: str = "summary"
+    validation_pairs: int = 64
+
+    def __post_init__(self) -> None:
+        for name, least in (("sequence_length", 16), ("validation_pairs", 1)):
+            _require(
+                getattr(self, name) >= least, f"{name}: wanted at least {least}, got {getattr(self, name)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummarizationConfig(RowsConfig):
+    """A run that fine-tunes a language model to summarise documents.
+
+    Args:
+        task: `summarization`.
+        data: documents and summaries.
+        Others as in `RowsConfig`; init_from is wanted, the tokenizer is the checkpoint's.
+    """
+
+    task: str
+    data: SummariesConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.init_from is not None, "init_from: wanted the checkpoint to fine-tune, got nothing")
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a row at most."""
+        return self.data.sequence_length
+
+
+TASKS: dict[str, type[RunConfig]] = {
+    "needles": TrainConfig,
+    "language_model": LanguageModelConfig,
+    "summarization": SummarizationConfig,
+}
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -329,7 +402,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     source = f"{path} with --set" if overrides else str(path)
     task = values.get("task", "needles")
     if task not in TASKS:
-        raise DRTError(f"{source}: task: wanted {' or '.join(TASKS)}, got {describe(task)}")
+        raise DRTError(f"{source}: task: wanted {', '.join(TASKS)}, got {describe(task)}")
     config = parse(TASKS[task], values, "", source)
     if isinstance(config, TrainConfig):
         for number, stage in enumerate(config.curriculum):

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from drt.models.cost import training_flops
-from drt.train.config import LanguageModelConfig, RunConfig, TrainConfig
+from drt.train.config import RowsConfig, RunConfig, TrainConfig
 from drt.train.models import make_model_config
 
 # Weights, gradients and the two moments of AdamW, all float32, also with automatic mixed precision.
@@ -58,8 +58,8 @@ def estimate_run(config: RunConfig, processes: int = 1) -> Estimate:
     Raises:
         DRTError: as `make_model_config`; the rows cannot be shared evenly.
     """
-    if isinstance(config, LanguageModelConfig):
-        length = config.data.sequence_length
+    if isinstance(config, RowsConfig):
+        length = config.sequence_length
         rows = config.rows_per_step // processes // config.passes_per_step(processes)
     else:
         assert isinstance(config, TrainConfig)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,7 +19,7 @@ from drt.errors import DRTError
 from drt.models.cost import peak_flops, training_flops
 from drt.train.config import LanguageModelConfig
 from drt.train.curriculum import RunningTotals
-from drt.train.trainer import Batch, RunTrainer, training_arguments
+from drt.train.trainer import Batch, RunTrainer, process_settings, training_arguments
 
 TOTALS = ("passes", "loss")
 
@@ -100,7 +99,7 @@ class LanguageModelTrainer(RunTrainer):
         self.sampler = WindowSampler(
             corpus, data.sequence_length, config.seed, inside_documents=data.inside_documents
         )
-        args = training_arguments(config, bool(config.eval_every), **_sharding(config))
+        args = training_arguments(config, bool(config.eval_every), **process_settings(config))
         self.passes = args.gradient_accumulation_steps = config.passes_per_step(args.world_size)
         validate = None
         if config.eval_every:
@@ -216,28 +215,3 @@ class CorpusValidation:
         loss, rows_seen = self.reduce(totals).tolist()
         mean = loss / rows_seen
         return {"score": -mean, "loss": mean, "perplexity": math.exp(min(mean, 700.0))}
-
-
-def _sharding(config: LanguageModelConfig) -> dict[str, Any]:
-    """The Trainer's settings for several processes.
-
-    Raises:
-        DRTError: one process has nothing to share a model with.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        if config.sharding != "none":
-            raise DRTError(
-                f"sharding: {config.sharding} wants several processes, as torchrun starts them; got one"
-            )
-        return {}
-    settings: dict[str, Any] = {"ddp_find_unused_parameters": False}
-    if config.device == "cpu":
-        settings["ddp_backend"] = "gloo"
-    if config.sharding == "fsdp":
-        settings["fsdp"] = True
-        settings["fsdp_config"] = {
-            "fsdp_version": 2,
-            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "state_dict_type": "FULL_STATE_DICT",
-        }
-    return settings

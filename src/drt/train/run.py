@@ -25,13 +25,14 @@ from drt.errors import DRTError, Interrupted
 from drt.models.drt.embedder import attach_embedder
 from drt.train.batches import BatchMaker
 from drt.train.checkpoints import checkpoint_folder, find_checkpoints
-from drt.train.config import LanguageModelConfig, RunConfig, TrainConfig, config_to_dict
+from drt.train.config import LanguageModelConfig, RunConfig, SummarizationConfig, TrainConfig, config_to_dict
 from drt.train.curriculum import RunningTotals
 from drt.train.interrupt import Interrupt
 from drt.train.language_model import LanguageModelTrainer
 from drt.train.logs import METRICS_FILE, Display, MetricsFile
 from drt.train.models import build_model, make_tokenizer
 from drt.train.record import RECORD_FILE, training_record
+from drt.train.summarization import SummarizationTrainer
 from drt.train.trainer import NeedleTrainer, RunTrainer
 from drt.train.validation import NeedleValidation
 
@@ -80,7 +81,6 @@ def run_training(config: RunConfig, command: list[str], console: Console | None 
     tokenizer = make_tokenizer(config)
     model = build_model(config)
     attach_embedder(model, tokenizer)
-    as_begun = deepcopy(model.config)  # a curriculum may change it
     if rank:
         set_seed(config.seed + rank)  # the weights are the same everywhere, the noise on the scores is not
     display = Display(console, len(config.curriculum) if isinstance(config, TrainConfig) else 1)
@@ -88,6 +88,7 @@ def run_training(config: RunConfig, command: list[str], console: Console | None 
     if rank == 0:
         callbacks = [MetricsFile(output_dir), *callbacks, tensorboard_callback(output_dir, resume)]
     trainer = make_trainer(config, model, tokenizer, callbacks, interrupt)
+    as_begun = deepcopy(model.config)  # a curriculum may change it
     try:
         # Several processes would not stop after the same step: Ctrl-C ends them, and the last checkpoint stays.
         with interrupt if trainer.args.world_size == 1 else nullcontext():
@@ -123,6 +124,8 @@ def make_trainer(
     """
     if isinstance(config, LanguageModelConfig):
         return LanguageModelTrainer(config, model, tokenizer, callbacks, interrupt.check)
+    if isinstance(config, SummarizationConfig):
+        return SummarizationTrainer(config, model, tokenizer, callbacks, interrupt.check)
     assert isinstance(config, TrainConfig)
     return NeedleTrainer(
         config,

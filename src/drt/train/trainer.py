@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ from transformers import (
 from drt.errors import DRTError
 from drt.layers.retriever import Retriever
 from drt.train.checkpoints import checkpoint_folder, delete_others, explained, is_complete, mark_complete
-from drt.train.config import OptimizerConfig, RunConfig, StageConfig, TrainConfig, config_to_dict
+from drt.train.config import OptimizerConfig, RowsConfig, RunConfig, StageConfig, TrainConfig, config_to_dict
 from drt.train.curriculum import Curriculum, RunningTotals
 from drt.train.loss import TOTALS, needle_loss, needle_means
 
@@ -341,3 +342,28 @@ def training_arguments(config: RunConfig, validate: bool, **settings: Any) -> Tr
     if args.n_gpu > 1:
         args._n_gpu = 1
     return args
+
+
+def process_settings(config: RowsConfig) -> dict[str, Any]:
+    """The Trainer's settings for several processes.
+
+    Raises:
+        DRTError: one process has nothing to share a model with.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if config.sharding != "none":
+            raise DRTError(
+                f"sharding: {config.sharding} wants several processes, as torchrun starts them; got one"
+            )
+        return {}
+    settings: dict[str, Any] = {"ddp_find_unused_parameters": False}
+    if config.device == "cpu":
+        settings["ddp_backend"] = "gloo"
+    if config.sharding == "fsdp":
+        settings["fsdp"] = True
+        settings["fsdp_config"] = {
+            "fsdp_version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "state_dict_type": "FULL_STATE_DICT",
+        }
+    return settings
