@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from drt.errors import DRTError
-from drt.memory.approximate_index import INDEX_FILE, check_digest, indexed_point
+from drt.memory.approximate_index import INDEX_FILE, check_whole, indexed_point
 from drt.memory.archive import JOURNAL, MANIFEST, check_index, read_journal, read_state
 from drt.memory.archive_files import ArchiveFiles
 from drt.memory.manifest import DATA_FILES, Manifest
@@ -84,7 +84,7 @@ def _index(folder: Path, on_progress: Callable[[int], None] | None) -> list[str]
         point = indexed_point(folder)
         if point is not None:
             check_index(folder, point)
-            check_digest(folder)
+            check_whole(folder)
             if on_progress is not None:
                 on_progress(path.stat().st_size)
     except DRTError as error:
