@@ -111,6 +111,14 @@ def test_no_query_gives_no_output(impl: str) -> None:
     assert output.shape == (1, 0, 4, 8)
 
 
+@pytest.mark.parametrize("gathered", [False, True], ids=["indices", "gathered"])
+def test_empty_slots_at_the_end_of_a_block_are_left_out(gathered: bool) -> None:
+    indices = torch.tensor([[[-1, -1, -1], [4, -1, -1]], [[2, -1, 1], [0, 3, -1]]])
+    lengths = torch.where(indices >= 0, 5, 0) if gathered else torch.full(indices.shape, 5)
+    given = None if gathered else indices
+    assert cpu._filled_slots(torch.zeros(indices.shape), given, lengths) == [0, 1, 3, 2]
+
+
 def test_gathered_chunks_of_any_memory_layout() -> None:
     case = Case()
     query, keys, values, indices, weights, _, _ = make_inputs(case, torch.float32)

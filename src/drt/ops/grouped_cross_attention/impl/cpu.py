@@ -4,7 +4,8 @@ All K chunks of a block stand side by side in one matrix, so its scores are one 
 folded into the values, so is the weighted sum over its chunks. Blocks are taken in slabs, small enough that the
 scores stay in cache between the product that makes them, their softmax and the product that uses them; neither
 the gathered chunks nor the scores are ever held whole. The backward computes a slab's probabilities again, so
-nothing is saved but the inputs.
+nothing is saved but the inputs. Slots that are empty in all blocks of a slab are left out where they come last, as
+they do where few chunks have closed yet.
 
 The sink is one more key a chunk, of zeros: its score is 0, hence a term exp(0) = 1 in the denominator, and its
 value, zeros too, adds nothing. The softmax stays an ordinary one, as stable as any. More zeros, masked, round
@@ -14,7 +15,7 @@ rows up to whole vectors: torch's softmax over 31 floats takes half as long agai
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def grouped_cross_attention(
     if chunk_keys.shape[1] == 0:
         # Nothing to select: every slot is empty. A chunk of zeros to read keeps the rest free of this case.
         chunk_keys, chunk_values = (pad(x, (0, 0, 0, 0, 0, 0, 0, 1)) for x in (chunk_keys, chunk_values))
-    elif chunk_lengths is not None:
+    elif chunk_lengths is not None and not _known_full(chunk_lengths, chunk_keys.shape[2]):
         chosen = chunk_indices.long().clamp(min=0).flatten(1)
         lengths = chunk_lengths.long().gather(1, chosen).view_as(chunk_indices)
         empty = empty | (lengths == 0)
@@ -87,14 +88,28 @@ def attend_gathered_chunks(
     return output
 
 
+def _known_full(lengths: Tensor, size: int) -> bool:
+    """Whether all chunks hold `size` positions, where looking neither stalls a device nor breaks a compiled graph."""
+    return (
+        lengths.device.type == "cpu" and not torch.compiler.is_compiling() and bool((lengths == size).all())
+    )
+
+
+class Slab(NamedTuple):
+    """Blocks that are taken together, and their leading slots: the others are empty."""
+
+    blocks: slice
+    slots: int
+
+
 class _Chunks(Protocol):
     """Where a slab's keys or values come from, and where their gradient goes."""
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """Blocks [start, stop) as (n, h_kv, K, S', D): S positions, then zeros."""
+    def read(self, slab: Slab) -> Tensor:
+        """A slab's chunks as (n, h_kv, k, S', D): S positions, then zeros."""
 
-    def accumulate(self, gradient: Tensor, start: int, stop: int) -> None:
-        """Add the gradient of what read(start, stop) gave."""
+    def accumulate(self, gradient: Tensor, slab: Slab) -> None:
+        """Add the gradient of what read(slab) gave."""
 
     def gradient(self) -> Tensor:
         """The sum of what was accumulated, shaped like the tensor the chunks came from."""
@@ -109,17 +124,17 @@ class _GatheredChunks:
         self.zeros, self.dtype = zeros, dtype
         self.grad: Tensor | None = None
 
-    def read(self, start: int, stop: int) -> Tensor:
-        slab = self.blocks[start:stop].to(self.dtype)
-        return pad(slab, (0, 0, 0, self.zeros)) if self.zeros else slab.contiguous()
+    def read(self, slab: Slab) -> Tensor:
+        chunks = self.blocks[slab.blocks, :, : slab.slots].to(self.dtype)
+        return pad(chunks, (0, 0, 0, self.zeros)) if self.zeros else chunks.contiguous()
 
-    def accumulate(self, gradient: Tensor, start: int, stop: int) -> None:
+    def accumulate(self, gradient: Tensor, slab: Slab) -> None:
         if self.grad is None:
-            self.grad = torch.empty(self.blocks.shape, dtype=self.blocks.dtype, device=gradient.device)
-        self.grad[start:stop] = gradient[..., : self.grad.shape[-2], :]
+            self.grad = torch.zeros(self.blocks.shape, dtype=self.blocks.dtype, device=gradient.device)
+        self.grad[slab.blocks, :, : slab.slots] = gradient[..., : self.grad.shape[-2], :]
 
     def gradient(self) -> Tensor:
-        grad = self.blocks.new_empty(self.blocks.shape) if self.grad is None else self.grad
+        grad = self.blocks.new_zeros(self.blocks.shape) if self.grad is None else self.grad
         return grad.view(self.slots.shape).permute(0, 1, 3, 4, 2, 5)
 
 
@@ -131,21 +146,21 @@ class _ChunkTable:
         self.shape, self.input_dtype = chunks.shape, chunks.dtype
         table = pad(chunks.transpose(2, 3).to(dtype), (0, 0, 0, zeros))
         self.table = table.reshape(batch * count * heads, -1)
-        self.slot_shape = (heads, indices.shape[2], size + zeros, dim)
+        self.chunk_shape = (size + zeros, dim)
         first = torch.arange(batch, device=chunks.device).view(batch, 1, 1, 1) * count
         head = torch.arange(heads, device=chunks.device).view(heads, 1)
         rows = (first + indices.long().clamp(min=0).unsqueeze(2)) * heads + head
         self.rows = rows.flatten(0, 1)
         self.grad: Tensor | None = None
 
-    def read(self, start: int, stop: int) -> Tensor:
-        slab = self.table.index_select(0, self.rows[start:stop].flatten())
-        return slab.view(stop - start, *self.slot_shape)
+    def read(self, slab: Slab) -> Tensor:
+        rows = self.rows[slab.blocks, :, : slab.slots]
+        return self.table.index_select(0, rows.flatten()).view(*rows.shape, *self.chunk_shape)
 
-    def accumulate(self, gradient: Tensor, start: int, stop: int) -> None:
+    def accumulate(self, gradient: Tensor, slab: Slab) -> None:
         if self.grad is None:
             self.grad = torch.zeros_like(self.table)
-        rows = self.rows[start:stop].flatten()
+        rows = self.rows[slab.blocks, :, : slab.slots].flatten()
         self.grad.index_add_(0, rows, gradient.view(rows.numel(), -1))
 
     def gradient(self) -> Tensor:
@@ -176,6 +191,7 @@ class _Slabs:
         size, kv_heads = keys.shape[-3:-1]
         self.block_shape = (-1, block_size, kv_heads, heads // kv_heads, dim)
         self.query = self.blocks(query)
+        self.slots = _filled_slots(weights, indices, lengths)
         self.weights = weights.reshape(-1, 1, weights.shape[2], 1, 1).to(self.dtype)
         zeros = int(sink) + _filling(size + sink)
         self.keys, self.values = (self._chunks(x, indices, zeros) for x in (keys, values))
@@ -205,29 +221,42 @@ class _Slabs:
         """(B, L, h, D) as (M, block_size, h_kv, h / h_kv, D)."""
         return tensor.reshape(self.block_shape)
 
-    def rows(self, blocks: Tensor, start: int, stop: int) -> Tensor:
+    def rows(self, blocks: Tensor, slab: Slab) -> Tensor:
         """A slab of blocks as matrices (n * h_kv, R, D)."""
-        slab = blocks[start:stop].to(self.dtype).transpose(1, 2)
-        return slab.reshape(slab.shape[0] * slab.shape[1], -1, slab.shape[-1])
+        rows = blocks[slab.blocks].to(self.dtype).transpose(1, 2)
+        return rows.reshape(rows.shape[0] * rows.shape[1], -1, rows.shape[-1])
 
-    def write(self, blocks: Tensor, rows: Tensor, start: int, stop: int) -> None:
+    def write(self, blocks: Tensor, rows: Tensor, slab: Slab) -> None:
         """The reverse of `rows`."""
-        target = blocks[start:stop].transpose(1, 2)
+        target = blocks[slab.blocks].transpose(1, 2)
         target.copy_(rows.view(target.shape))
 
-    def ranges(self) -> Iterator[tuple[int, int]]:
-        """[start, stop) of every slab."""
-        count = self.query.shape[0]
-        return ((start, min(start + self.step, count)) for start in range(0, count, self.step))
+    def __iter__(self) -> Iterator[Slab]:
+        """Every slab that has a slot to look at."""
+        for start in range(0, self.query.shape[0], self.step):
+            blocks = slice(start, start + self.step)
+            slots = max(self.slots[blocks])
+            if slots:
+                yield Slab(blocks, slots)
 
-    def probabilities(self, query: Tensor, keys: Tensor, start: int, stop: int) -> Tensor:
-        """Each chunk's softmax: (n * h_kv, R, K, S')."""
+    def probabilities(self, query: Tensor, keys: Tensor, slab: Slab) -> Tensor:
+        """Each chunk's softmax: (n * h_kv, R, k, S')."""
         count, heads, slots, size, _ = keys.shape
         matrix = keys.view(count * heads, slots * size, -1).transpose(1, 2)
         scores = _product(query, matrix, self.scale).view(count, heads, -1, slots, size)
         if self.bias is not None:
-            scores += self.bias[start:stop]
+            scores += self.bias[slab.blocks, ..., :slots, :]
         return torch.softmax(scores, dim=-1).view(count * heads, -1, slots, size)
+
+
+def _filled_slots(weights: Tensor, indices: Tensor | None, lengths: Tensor | None) -> list[int]:
+    """The number of each block's slots up to the last that is filled; all where looking would stall a device."""
+    filled = indices >= 0 if indices is not None else lengths > 0 if lengths is not None else None
+    slots = weights.shape[2]
+    if filled is None or filled.device.type != "cpu":
+        return [slots] * weights.shape[:2].numel()
+    counts: list[int] = (filled * torch.arange(1, slots + 1)).amax(2).flatten().tolist()
+    return counts
 
 
 def _filling(positions: int) -> int:
@@ -244,42 +273,46 @@ def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
 def _forward(query: Tensor, *rest: Any) -> Tensor:
     with torch.autocast(query.device.type, enabled=False):
         slabs = _Slabs(query, *rest)
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        output = torch.zeros_like(query, memory_format=torch.contiguous_format)
         output_blocks = slabs.blocks(output)
-        for start, stop in slabs.ranges():
-            keys, values = slabs.keys.read(start, stop), slabs.values.read(start, stop)
-            rows = slabs.rows(slabs.query, start, stop)
-            probabilities = slabs.probabilities(rows, keys, start, stop)
-            weighted = (values * slabs.weights[start:stop]).view(rows.shape[0], -1, rows.shape[2])
-            slabs.write(output_blocks, torch.bmm(probabilities.flatten(2), weighted), start, stop)
+        for slab in slabs:
+            keys, values = slabs.keys.read(slab), slabs.values.read(slab)
+            rows = slabs.rows(slabs.query, slab)
+            probabilities = slabs.probabilities(rows, keys, slab)
+            weighted = (values * slabs.weights[slab.blocks, :, : slab.slots]).view(
+                rows.shape[0], -1, rows.shape[2]
+            )
+            slabs.write(output_blocks, torch.bmm(probabilities.flatten(2), weighted), slab)
     return output
 
 
 def _backward(grad_output: Tensor, query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(query.device.type, enabled=False):
         slabs = _Slabs(query, *rest)
-        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-        grad_weights = torch.empty_like(slabs.weights)
+        grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
+        grad_weights = torch.zeros_like(slabs.weights)
         grad_query_blocks, grad_output_blocks = slabs.blocks(grad_query), slabs.blocks(grad_output)
-        for start, stop in slabs.ranges():
-            keys, values = slabs.keys.read(start, stop), slabs.values.read(start, stop)
-            weights = slabs.weights[start:stop]
-            rows = slabs.rows(slabs.query, start, stop)
-            grad_rows = slabs.rows(grad_output_blocks, start, stop)
-            p = slabs.probabilities(rows, keys, start, stop)
+        for slab in slabs:
+            keys, values = slabs.keys.read(slab), slabs.values.read(slab)
+            weights = slabs.weights[slab.blocks, :, : slab.slots]
+            rows = slabs.rows(slabs.query, slab)
+            grad_rows = slabs.rows(grad_output_blocks, slab)
+            p = slabs.probabilities(rows, keys, slab)
             matrix = (rows.shape[0], -1, rows.shape[2])
 
             # P^T dO serves twice: times w it is dV, and its product with V is dw (the sum of dO . o).
             unweighted = torch.bmm(p.flatten(2).transpose(1, 2), grad_rows).view(values.shape)
-            grad_weights[start:stop] = (unweighted * values).sum(dim=(1, 3, 4), keepdim=True)
-            slabs.values.accumulate(unweighted.mul_(weights), start, stop)
+            grad_weights[slab.blocks, :, : slab.slots] = (unweighted * values).sum(
+                dim=(1, 3, 4), keepdim=True
+            )
+            slabs.values.accumulate(unweighted.mul_(weights), slab)
 
             grad_p = torch.bmm(grad_rows, (values * weights).view(matrix).transpose(1, 2)).view(p.shape)
             grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype).flatten(2)
             grad_rows = _product(grad_scores, keys.view(matrix), slabs.scale)
-            slabs.write(grad_query_blocks, grad_rows, start, stop)
+            slabs.write(grad_query_blocks, grad_rows, slab)
             grad_keys = _product(grad_scores.transpose(1, 2), rows, slabs.scale)
-            slabs.keys.accumulate(grad_keys.view(keys.shape), start, stop)
+            slabs.keys.accumulate(grad_keys.view(keys.shape), slab)
     weights = rest[3]
     grad_weights = grad_weights.view(weights.shape).to(weights.dtype)
     return grad_query, slabs.keys.gradient(), slabs.values.gradient(), grad_weights
