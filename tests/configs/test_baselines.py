@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import drt.models  # noqa: F401  (registers them)
+from drt.models.loading import shipped_checkpoint
 from drt.train.config import load_config
+from drt.train.models import make_model_config
 
 FOLDER = Path(__file__).parents[2] / "configs" / "baselines"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -44,3 +48,24 @@ def test_only_the_model_differs(name):
     del other["output_dir"], ours["model"], other["model"]
     assert ours == other
     assert load_config(FOLDER / f"{name}.yaml").output_dir == f"runs/baselines/{name}"
+
+
+def needle_models() -> dict[str, dict]:
+    """The models that docs/recipe.md trains on needles."""
+    text = (FOLDER.parents[1] / "docs" / "recipe.md").read_text(encoding="utf-8")
+    (shared,) = re.findall(r'"model=\{\$2, (.*)\}"', text)
+    return {
+        name: yaml.safe_load(f"{{{own}, {shared}}}")
+        for name, own in re.findall(r'needles (\S+) "(.*)"', text)
+    }
+
+
+@pytest.mark.parametrize("name", ["window", "full-attention", "landmark", "block-recurrent"])
+def test_needle_models_are_as_large_as_the_one_that_ships(name):
+    fields = needle_models()[name]
+    overrides = ["chunk_size=31", f"model={json.dumps(fields)}"]
+    config = load_config(FOLDER.parent / "needle-tiny.yaml", overrides)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(make_model_config(config))
+    shipped = json.loads((shipped_checkpoint() / "training.json").read_text(encoding="utf-8"))["parameters"]
+    assert abs(model.num_parameters() / shipped - 1) < 0.003

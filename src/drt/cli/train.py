@@ -18,7 +18,7 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Train a model on needle questions hidden in real text, from one YAML file.
+    """Train a model from one YAML file: a language model, needle questions hidden in real text, or summaries.
 
     The run lives in the file's output_dir: checkpoints, metrics.jsonl, TensorBoard logs, config.yaml and, at
     the end, the model in `final`. Run the same command again after a stop and it goes on from the newest
