@@ -23,6 +23,7 @@ from drt.data.haystack import sample_haystack
 from drt.data.sampling import WindowSampler
 from drt.data.tokenizer import save_tokenizer, train_tokenizer
 from drt.errors import DRTError
+from drt.models.cost import training_flops
 from drt.train.checkpoints import find_checkpoints
 from drt.train.config import CorpusConfig, LanguageModelConfig, OptimizerConfig, load_config
 from drt.train.language_model import LanguageModelTrainer, next_token_loss
@@ -176,11 +177,19 @@ def test_memory_is_saved_without_changing_the_losses(run: Run, make_config: Make
     assert run.losses == pytest.approx(plain, rel=1e-6)
 
 
-@pytest.mark.parametrize("model_type", ["window", "full_attention"])
-def test_baselines_train_by_name(run: Run, make_config: MakeConfig, model_type: str) -> None:
+@pytest.mark.parametrize("model_type", ["window", "full_attention", "landmark", "block_recurrent"])
+def test_baselines_train_by_name_and_tell_what_of_the_peak_they_reach(
+    run: Run, make_config: MakeConfig, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fields = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
-    final = run(make_config(model={"model_type": model_type, **fields}, max_steps=1))
-    assert AutoModelForCausalLM.from_pretrained(final).config.model_type == model_type
+    monkeypatch.setattr("drt.train.language_model.peak_flops", lambda device: 1e9)
+    config = make_config(model={"model_type": model_type, **fields}, max_steps=1, log_every=1)
+    model = AutoModelForCausalLM.from_pretrained(run(config))
+    assert model.config.model_type == model_type
+    logged, _ = read_metrics(Path(config.output_dir) / "metrics.jsonl")
+    assert logged["mfu"] == pytest.approx(
+        logged["tokens_per_second"] * training_flops(model.config, 64) / 1e9
+    )
 
 
 def test_models_must_be_known(make_config: MakeConfig) -> None:
