@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from drt.data.corpus import TOKENIZER, Corpus, open_corpus, read_manifest
+from drt.data.corpus import Corpus, open_corpus
 from drt.data.sampling import WindowSampler
-from drt.data.tokenizer import fingerprint, load_tokenizer
+from drt.data.tokenizer import fingerprint
 from drt.errors import DRTError
 from drt.models.cost import peak_flops, training_flops
 from drt.train.config import LanguageModelConfig
@@ -22,36 +22,6 @@ from drt.train.curriculum import RunningTotals
 from drt.train.trainer import Batch, RunTrainer, process_settings, training_arguments
 
 TOTALS = ("passes", "loss")
-
-
-def corpus_tokenizer(config: LanguageModelConfig) -> Any:
-    """The tokenizer of the run's corpus.
-
-    Raises:
-        DRTError: no corpus, or the tokenizer in it is not the one that it was made with.
-    """
-    manifest = read_manifest(config.data.corpus)
-    tokenizer = load_tokenizer(str(manifest.folder / TOKENIZER))
-    wanted, found = manifest.tokenizer["fingerprint"], fingerprint(tokenizer)
-    if found != wanted:
-        raise DRTError(
-            f"{manifest.folder / TOKENIZER} is not the tokenizer that the corpus was made with: wanted "
-            f"fingerprint {wanted[:12]}, got {found[:12]}"
-        )
-    return tokenizer
-
-
-def vocabulary_fields(config: LanguageModelConfig) -> dict[str, Any]:
-    """Fields of the model's configuration that follow from the corpus' tokenizer.
-
-    Raises:
-        DRTError: no corpus.
-    """
-    described = read_manifest(config.data.corpus).tokenizer
-    fields = {"vocab_size": described["vocab_size"]}
-    return (
-        fields if described["document_end"] is None else fields | {"eos_token_id": described["document_end"]}
-    )
 
 
 def next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:

@@ -19,11 +19,12 @@ from transformers import (
 )
 
 import drt.models  # noqa: F401 (registers the models with the Auto classes)
+from drt.data.corpus import TOKENIZER, read_manifest
 from drt.data.tokenizer import fingerprint
+from drt.data.tokenizer import load_tokenizer as load_named_tokenizer
 from drt.errors import DRTError
 from drt.models.loading import load_model, load_model_config, load_tokenizer
 from drt.train.config import LanguageModelConfig, RunConfig
-from drt.train.language_model import corpus_tokenizer, vocabulary_fields
 
 
 def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -35,7 +36,7 @@ def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     held = None if config.init_from is None else load_tokenizer(Path(config.init_from))
     if not isinstance(config, LanguageModelConfig):
         return ByT5Tokenizer(extra_ids=0) if held is None else held
-    tokenizer = corpus_tokenizer(config)
+    tokenizer = _corpus_tokenizer(config)
     if held is not None and fingerprint(held) != fingerprint(tokenizer):
         raise DRTError(
             f"init_from {config.init_from}: its tokenizer is not that of the corpus {config.data.corpus}; prepare the "
@@ -71,13 +72,43 @@ def make_model_config(config: RunConfig) -> PreTrainedConfig:
     if config.init_from is not None:
         return _checkpoint_config(config.init_from, fields)
     if isinstance(config, LanguageModelConfig) and "vocab_size" not in fields:
-        fields |= vocabulary_fields(config)
+        fields |= _vocabulary_fields(config)
     model_type = fields.pop("model_type", "drt")
     try:
         config_class = type(AutoConfig.for_model(model_type))
     except ValueError as error:
         raise DRTError(f"model.model_type: wanted drt or a baseline's, got {model_type!r}") from error
     return _make(config_class, fields)
+
+
+def _corpus_tokenizer(config: LanguageModelConfig) -> Any:
+    """The tokenizer of the run's corpus.
+
+    Raises:
+        DRTError: no corpus, or the tokenizer in it is not the one that it was made with.
+    """
+    manifest = read_manifest(config.data.corpus)
+    tokenizer = load_named_tokenizer(str(manifest.folder / TOKENIZER))
+    wanted, found = manifest.tokenizer["fingerprint"], fingerprint(tokenizer)
+    if found != wanted:
+        raise DRTError(
+            f"{manifest.folder / TOKENIZER} is not the tokenizer that the corpus was made with: wanted "
+            f"fingerprint {wanted[:12]}, got {found[:12]}"
+        )
+    return tokenizer
+
+
+def _vocabulary_fields(config: LanguageModelConfig) -> dict[str, Any]:
+    """Fields of the model's configuration that follow from the corpus' tokenizer.
+
+    Raises:
+        DRTError: no corpus.
+    """
+    described = read_manifest(config.data.corpus).tokenizer
+    fields = {"vocab_size": described["vocab_size"]}
+    return (
+        fields if described["document_end"] is None else fields | {"eos_token_id": described["document_end"]}
+    )
 
 
 def _checkpoint_config(folder: str, fields: dict[str, Any]) -> PreTrainedConfig:
