@@ -7,11 +7,12 @@ import random
 import resource
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from archives import CHUNKS, WIDTH, offer, write
+from archives import CHUNKS, DESCRIPTION, WIDTH, offer, write
 from torch import Tensor
 
 from drt.errors import DRTError
@@ -119,6 +120,20 @@ def test_noise_is_added_to_every_score(path: Path, scanned: list[tuple[int, int]
     found = search(path, "index", everything(4), gumbel=True)
     assert scanned[0][0] == 0
     assert_equal(found, search(path, "exact", everything(4), gumbel=True))
+
+
+def test_landmarks_of_16_bits_are_indexed(tmp_path: Path) -> None:
+    description = replace(DESCRIPTION, landmark_dtype="bfloat16")
+    with ArchiveWriter.create(tmp_path / "archive", description) as writer:
+        store = writer.store()
+        writer.begin_document("one")
+        for segment in range(SEGMENTS):
+            store.append(*offer(segment))
+        writer.commit({}, finished=True)
+        writer.index()
+    assert verify_archive(tmp_path / "archive") == []
+    found = search(tmp_path / "archive", "index", everything(20))
+    assert_equal(found, search(tmp_path / "archive", "exact", everything(20)))
 
 
 def test_an_index_is_used_by_default_where_it_covers_enough(
