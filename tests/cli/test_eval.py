@@ -116,7 +116,9 @@ def test_mistakes_are_one_line(
     assert "wanted a file of its own, got that of what is read" in refuses(*model, "--json", text)
     answers = ("eval", "summarization", "--checkpoint", checkpoint, "--data", text, "--json", text)
     assert "wanted a file of its own, got that of what is read" in refuses(*answers)
+    Path("perplexity.jsonl").write_text("records of a model")
     assert "no checkpoint folder" in refuses("eval", "perplexity", "--checkpoint", "none", "--data", text)
+    assert Path("perplexity.jsonl").read_text() == "records of a model"
     assert "no such folder" in refuses("eval", "runs", "none", "--data", text, "-o", "out")
     assert "cannot be read as records" in refuses("report", "none.jsonl")
     (tmp_path / "empty").mkdir()

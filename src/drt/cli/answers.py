@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from drt.cli.shared import check_outputs, choose_device, choose_dtype, reading_progress
+from drt.cli.shared import check_outputs, choose_device, choose_dtype, reading_progress, write_records
 
 if TYPE_CHECKING:
     from drt.eval.results import AnswerRecord
@@ -116,15 +116,10 @@ def summarization(
 def _write_and_show(records: Iterable[AnswerRecord], path: Path) -> None:
     """Write each record as it comes, then print a table a task."""
     from drt.cli.tables import print_table
-    from drt.eval.results import RecordWriter
     from drt.report.models import group_seeds
     from drt.report.tables import answer_table
 
-    written = []
-    with RecordWriter(path) as writer:
-        for record in records:
-            writer.write(record)
-            written.append(record)
+    written = write_records(path, records)
     console = Console()
     for task in dict.fromkeys(record.task for record in written):
         chosen = [record for record in written if record.task == task]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from drt.cli.shared import check_outputs, choose_device, choose_dtype, reading_progress
+from drt.cli.shared import check_outputs, choose_device, choose_dtype, reading_progress, write_records
 from drt.errors import DRTError, Interrupted
 
 if TYPE_CHECKING:
@@ -75,18 +75,12 @@ def perplexity(
 
         drt eval perplexity --checkpoint a --checkpoint b --data book.txt --longest 64K
     """
-    from drt.eval.results import RecordWriter
-
     settings = _settings(
         data, split, lengths, shortest, longest, documents, segment_size, batch_size, threads, device, dtype
     )
     check_outputs({"--json": json}, [data])
     models = {str(folder): folder for folder in checkpoint}
-    records: list[EvaluationRecord] = []
-    with RecordWriter(json) as writer:
-        for record in _evaluate(models, settings):
-            writer.write(record)
-            records.append(record)
+    records = write_records(json, _evaluate(models, settings))
     show(records, settings, reference)
     Console().print(f"records: {json}", highlight=False)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from drt.eval.results import EvaluationRecord
     from drt.memory import Archive
+
+RecordT = TypeVar("RecordT", bound="EvaluationRecord")
 
 
 def choose_device(name: str) -> torch.device:
@@ -141,6 +145,25 @@ def _check_writable(option: str, path: Path) -> None:
             tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise DRTError(f"{option} {path}: cannot be written: {error.strerror}") from error
+
+
+def write_records(path: Path, records: Iterable[RecordT]) -> list[RecordT]:
+    """Write each record as it comes, and return them all; what the file held stays until the first one is there.
+
+    Raises:
+        DRTError: the file cannot be written; whatever `records` raises.
+    """
+    from drt.eval.results import RecordWriter
+
+    waiting = iter(records)
+    written = list(islice(waiting, 1))  # a mistake shows here, before the file is begun anew
+    with RecordWriter(path) as writer:
+        for record in written:
+            writer.write(record)
+        for record in waiting:
+            writer.write(record)
+            written.append(record)
+    return written
 
 
 class TokensColumn(ProgressColumn):
