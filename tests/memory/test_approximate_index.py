@@ -97,6 +97,10 @@ def test_the_best_are_found_without_scanning_what_is_indexed(
         assert ((found.chunk_indices >= part[0]) & (found.chunk_indices < part[1])).any(), "both are searched"
 
 
+def test_a_block_that_begins_among_the_indexed_is_scanned_from_their_end(path: Path) -> None:
+    assert_equal(search(path, "index", everything(60)), search(path, "exact", everything(60)))
+
+
 def test_queries_that_see_nothing_find_nothing(path: Path, scanned: list[tuple[int, int]]) -> None:
     """Such are the queries of a batch's shorter rows."""
     visible = everything(4)
