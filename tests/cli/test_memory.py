@@ -200,7 +200,7 @@ def test_mistakes_are_one_line(refuses: Run, checkpoint: Path, arguments: list[s
     assert not Path("m").exists()
 
 
-@pytest.mark.parametrize("command", ["append", "info"])
+@pytest.mark.parametrize("command", ["append", "index", "info"])
 def test_a_folder_that_is_no_archive_is_refused(refuses: Run, book: Path, command: str) -> None:
     files = [book] if command == "append" else []
     assert "here is not an archive: it has no manifest.json" in refuses("memory", command, "here", *files)
