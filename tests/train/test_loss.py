@@ -34,7 +34,7 @@ TEXT = [(0, 1), (0, 6), (2, 6), (2, 11)]
 def test_loss_is_the_weighted_mean_of_two_means() -> None:
     input_ids, scored, answer_mask, chain_mask, text_mask = _case(ANSWERS, TEXT)
     logits = torch.randn(3, 12, 7, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    loss, totals = needle_loss(logits, input_ids, scored, answer_mask, chain_mask, TEXT_WEIGHT)
+    loss, totals = needle_loss(logits, input_ids, scored, scored - 1, answer_mask, chain_mask, TEXT_WEIGHT)
 
     def mean(mask):
         pairs = [(b, t) for b in range(3) for t in range(1, 12) if mask[b, t]]
@@ -60,7 +60,7 @@ def test_totals_count_tokens_answers_and_chains() -> None:
     logits[0, 4] = logits[0, 4].roll(1)  # ... but one of the first answer
     logits[1, 1] = logits[1, 1].roll(1)  # and one of the chain in row 1
     logits[2, 5] = logits[2, 5].roll(1)  # and a text token, which is not counted
-    totals = needle_loss(logits, input_ids, scored, answer_mask, chain_mask, TEXT_WEIGHT).totals
+    totals = needle_loss(logits, input_ids, scored, scored - 1, answer_mask, chain_mask, TEXT_WEIGHT).totals
     named = dict(zip(TOTALS, totals.tolist(), strict=True))
     assert named["steps"] == 1
     assert (named["answer_tokens"], named["answer_tokens_right"]) == (12, 10)
@@ -74,7 +74,9 @@ def test_a_batch_without_answers_has_the_text_loss_alone() -> None:
     named = dict(
         zip(
             TOTALS,
-            needle_loss(logits, input_ids, scored, answer_mask, chain_mask, TEXT_WEIGHT).totals.tolist(),
+            needle_loss(
+                logits, input_ids, scored, scored - 1, answer_mask, chain_mask, TEXT_WEIGHT
+            ).totals.tolist(),
             strict=True,
         )
     )

@@ -14,9 +14,10 @@ from drt.train.trainer import Batch
 class BatchMaker:
     """Callable (step, stage) -> batch; a batch depends on the configuration and on nothing else.
 
-    A batch holds `input_ids` (B, L) int64, `chunk_ends`, `answer_mask` and `chain_mask` (B, L) bool, and `scored`
-    (N,) int64: the flat positions of the tokens in the loss, found here on the host so that no step has to wait for
-    the device to count them.
+    A batch holds `input_ids` (B, L) int64, `chunk_ends`, `answer_mask` and `chain_mask` (B, L) bool, and what is found
+    here on the host, so that no step has to wait for the device to count: `scored` (N,) int64, the flat positions of
+    the tokens in the loss; `logits_to_keep` (n,), the columns that predict one of them in some row; `predicted_by`
+    (N,), the flat position in (B, n) of each one's prediction.
 
     Args:
         config: the run.
@@ -34,11 +35,15 @@ class BatchMaker:
     def __call__(self, step: int, stage: StageConfig) -> Batch:
         """The batch of a step."""
         mixed = self.mix.batch(step, mix_config(self.config, stage), self.config.seed)
-        scored = mixed.answer_mask | mixed.text_mask
+        scored = torch.from_numpy(mixed.answer_mask | mixed.text_mask).flatten().nonzero().flatten()
+        length = mixed.input_ids.shape[1]
+        columns, place = ((scored - 1) % length).unique(return_inverse=True)
         return {
             "input_ids": torch.from_numpy(mixed.input_ids),
             "chunk_ends": torch.from_numpy(mixed.chunk_ends),
             "answer_mask": torch.from_numpy(mixed.answer_mask),
             "chain_mask": torch.from_numpy(mixed.chain_mask),
-            "scored": torch.from_numpy(scored).flatten().nonzero().flatten(),
+            "scored": scored,
+            "logits_to_keep": columns,
+            "predicted_by": scored // length * len(columns) + place,
         }

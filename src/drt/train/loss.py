@@ -34,6 +34,7 @@ def needle_loss(
     logits: Tensor,
     input_ids: Tensor,
     scored: Tensor,
+    predicted_by: Tensor,
     answer_mask: Tensor,
     chain_mask: Tensor,
     text_weight: float,
@@ -43,15 +44,16 @@ def needle_loss(
     Every shape is known beforehand, so nothing here makes the host wait for the device.
 
     Args:
-        logits: (B, L, V), aligned with `input_ids`: row t predicts token t + 1.
+        logits: (B, n, V), predictions of the next token at some positions of each row.
         input_ids: (B, L) int64.
         scored: (N,) int64, ascending: flat positions b * L + t of the tokens in the loss, none with t = 0.
+        predicted_by: (N,) int64, the flat position b * n + i in `logits` of each scored token's prediction.
         answer_mask: (B, L) bool, the tokens of answers; every other scored token is text.
         chain_mask: (B, L) bool, the answer tokens of questions that ask for a chain.
         text_weight: weight of the text part.
     """
     targets = input_ids.flatten()[scored]
-    predicted = logits.flatten(0, 1)[scored - 1].float()
+    predicted = logits.flatten(0, 1)[predicted_by].float()
     answer = answer_mask.flatten()[scored]
     chain = chain_mask.flatten()[scored]
     losses = functional.cross_entropy(predicted, targets, reduction="none")

@@ -250,11 +250,17 @@ class NeedleTrainer(RunTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Answer tokens + text_weight x sampled text; adds what it saw to the running totals."""
-        outputs = model(input_ids=inputs["input_ids"], chunk_ends=inputs["chunk_ends"], use_cache=False)
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            chunk_ends=inputs["chunk_ends"],
+            use_cache=False,
+            logits_to_keep=inputs["logits_to_keep"],
+        )
         loss, totals = needle_loss(
             outputs.logits,
             inputs["input_ids"],
             inputs["scored"],
+            inputs["predicted_by"],
             inputs["answer_mask"],
             inputs["chain_mask"],
             self.config.text_weight,

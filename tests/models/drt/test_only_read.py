@@ -141,3 +141,24 @@ def test_generate_reads_that_way(make_model, ids, slice_size):
     model.model.upper_layers[0].register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].shape[1]))
     model.generate(ids, max_new_tokens=2, do_sample=False, prefill_chunk_size=slice_size)
     assert max(seen) == 20
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_some_columns_of_a_training_step(make_model, ids, rule):
+    """Their logits and gradients are those of a whole pass; the last layer's MLP runs at no other position."""
+    model, columns = make_model(**rule).double(), torch.tensor([0, 5, 6, 7, 8, 90, 155])
+    ends = torch.zeros_like(ids, dtype=torch.bool)
+    ends[1, 11] = True
+    results, widths = [], []
+    if rule.get("num_upper_layers"):
+        model.model.upper_layers[-1].mlp.register_forward_pre_hook(
+            lambda _, inputs: widths.append(inputs[0].shape[1])
+        )
+    for keep in (columns, 0):
+        logits = model(ids, chunk_ends=ends, use_cache=False, logits_to_keep=keep).logits
+        logits = logits if keep is columns else logits[:, columns]
+        gradients = torch.autograd.grad(logits.sin().sum(), list(model.parameters()), allow_unused=True)
+        results.append([logits, *gradients])
+    for kept, whole in zip(*results, strict=True):
+        torch.testing.assert_close(kept, whole, **TOLERANCE)
+    assert widths in ([], [len(columns), ids.shape[1]])

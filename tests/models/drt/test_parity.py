@@ -103,11 +103,12 @@ def test_another_residual_rule_fails(oracle):
         attention = layer.grouped_cross_attention
 
         def informed_residual(
-            hidden_states, memory, index, inverse, state=None, layer=layer, attention=attention
+            hidden_states, memory, index, inverse, state, kept, layer=layer, attention=attention
         ):
             hidden_states = hidden_states + layer.window_attention(layer.attention_norm(hidden_states), state)
             hidden_states = hidden_states + attention(hidden_states, memory.wait(), index, inverse)
-            return hidden_states + layer.mlp(layer.mlp_norm(hidden_states))
+            output = hidden_states + layer.mlp(layer.mlp_norm(hidden_states))
+            return output if kept is None else output.flatten(0, 1)[kept]
 
         layer.forward = informed_residual
     assert logits_error(model, oracle) > 1e-4

@@ -33,6 +33,7 @@ class DRTUpperLayer(GradientCheckpointingLayer):
     """Window attention, grouped cross-attention and MLP.
 
     What is read from chunks feeds the MLP only; the residual carries the state before it (section 3.2).
+    With ``kept`` (B, n), flat indices of positions, the MLP runs at those alone, and (B, n, H) comes out.
     """
 
     def __init__(self, config: DRTConfig) -> None:
@@ -59,6 +60,7 @@ class DRTUpperLayer(GradientCheckpointingLayer):
         block_index: Tensor,
         block_inverse: Tensor,
         state: WindowState | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         hidden_states = hidden_states + self.window_attention(self.attention_norm(hidden_states), state)
         informed = hidden_states
@@ -68,7 +70,14 @@ class DRTUpperLayer(GradientCheckpointingLayer):
             informed = informed + self.grouped_cross_attention(
                 hidden_states, memory, block_index, block_inverse
             )
+        if kept is not None:
+            hidden_states, informed = (take_positions(x, kept) for x in (hidden_states, informed))
         return hidden_states + self.mlp(self.mlp_norm(informed))
+
+
+def take_positions(states: Tensor, index: Tensor) -> Tensor:
+    """(B, M, H) at flat indices (B, n) into the first two dimensions: (B, n, H)."""
+    return states.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def _window_attention(config: DRTConfig) -> WindowAttention:

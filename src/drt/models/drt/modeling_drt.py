@@ -26,7 +26,7 @@ from drt.models.common.loss import causal_loss, needs_no_logits
 from drt.models.drt.cache_drt import DRTCache
 from drt.models.drt.chunk_layout import ChunkLayout, build_chunk_layout, upper_reach
 from drt.models.drt.configuration_drt import DRTConfig
-from drt.models.drt.layers_drt import DRTLowerLayer, DRTUpperLayer
+from drt.models.drt.layers_drt import DRTLowerLayer, DRTUpperLayer, take_positions
 from drt.models.drt.memory_drt import ChunkMemory, Retrieval
 from drt.models.drt.validation import check_inputs, check_labels
 from drt.ops.window_attention import alibi_slopes
@@ -127,7 +127,7 @@ class DRTModel(DRTPreTrainedModel):
         chunk_ends: Tensor | None = None,
         use_cache: bool | None = None,
         output_retrieval: bool = False,
-        states_to_keep: int = 0,
+        states_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> DRTModelOutput:
         """Run the stack over new tokens.
@@ -145,7 +145,7 @@ class DRTModel(DRTPreTrainedModel):
             chunk_ends: (B, L) bool: close the open chunk after this token.
             use_cache: return a state to continue from. Default: ``config.use_cache`` where no gradient is recorded.
             output_retrieval: also return what each group retrieved.
-            states_to_keep: hidden states of the last n tokens only (0: all).
+            states_to_keep: hidden states of the last n tokens only (0: all), or of the columns in a tensor.
 
         Raises:
             ValueError: for input that cannot be laid out; the message names what was got and what is wanted.
@@ -157,9 +157,8 @@ class DRTModel(DRTPreTrainedModel):
         source = input_ids if input_ids is not None else inputs_embeds
         assert source is not None  # checked
         batch_size, length = source.shape[:2]
-        only_read = (
-            states_to_keep and cache is not None and not output_retrieval and not torch.is_grad_enabled()
-        )
+        last = states_to_keep if isinstance(states_to_keep, int) else 0
+        only_read = last and cache is not None and not output_retrieval and not torch.is_grad_enabled()
         layout = build_chunk_layout(
             batch_size,
             length,
@@ -168,8 +167,8 @@ class DRTModel(DRTPreTrainedModel):
             attention_mask=mask,
             chunk_ends=chunk_ends,
             open_lengths=None if cache is None else cache.open_lengths,
-            kept=states_to_keep or None,
-            reach=upper_reach(self.config, states_to_keep) if only_read else None,
+            kept=last or None,
+            reach=upper_reach(self.config, last) if only_read else None,
             device=source.device,
         )
         if cache is not None:
@@ -182,12 +181,14 @@ class DRTModel(DRTPreTrainedModel):
             hidden_states = layer(hidden_states, state)
         memory = self._remember(source, hidden_states, layout, cache) if self.config.retrieval else None
         upper_states = states[len(self.lower_layers) :]
-        hidden_states, retrieved = self._upper(hidden_states, layout, memory, upper_states)
+        kept = layout.upper.output_index
+        if isinstance(states_to_keep, Tensor):
+            kept = kept[:, states_to_keep]
+        hidden_states, retrieved = self._upper(hidden_states, layout, memory, upper_states, kept)
         if cache is not None:
             cache.finish(layout, length)
-        output = hidden_states.flatten(0, 1)[layout.upper.output_index]
         return DRTModelOutput(
-            last_hidden_state=self.norm(output),
+            last_hidden_state=self.norm(hidden_states),
             past_key_values=cache,
             chunk_indices=tuple(memory.chunk_indices[:, 1:] for memory in retrieved)
             if output_retrieval
@@ -260,8 +261,9 @@ class DRTModel(DRTPreTrainedModel):
         layout: ChunkLayout,
         memory: ChunkMemory | None,
         states: Sequence[WindowState | None],
+        kept: Tensor,
     ) -> tuple[Tensor, list[RetrievedMemory]]:
-        """Groups of upper layers; returns their output and what each group retrieved."""
+        """Groups of upper layers; returns their output at flat positions (B, n) and what each group retrieved."""
         if layout.upper.index is not None:
             hidden_states = hidden_states.flatten(0, 1)[layout.upper.index]
         per_group = len(self.upper_layers) // self.config.num_groups
@@ -277,7 +279,10 @@ class DRTModel(DRTPreTrainedModel):
                 layout.upper.block_index,
                 layout.upper.block_inverse,
                 states[number],
+                kept if number == len(self.upper_layers) - 1 else None,
             )
+        if not self.upper_layers:
+            hidden_states = take_positions(hidden_states, kept)
         memories = [one.wait() if isinstance(one, Retrieval) else one for one in retrieved]
         return hidden_states, memories
 
@@ -371,15 +376,14 @@ class DRTForCausalLM(DRTPreTrainedModel, OwnCacheGenerationMixin):
             chunk_ends=chunk_ends,
             use_cache=use_cache,
             output_retrieval=output_retrieval,
-            states_to_keep=logits_to_keep if isinstance(logits_to_keep, int) else 0,
+            states_to_keep=logits_to_keep,
         )
         states = outputs.last_hidden_state
         logits = loss = None
         if labels is not None and needs_no_logits(self, self.lm_head, labels, logits_to_keep):
             loss = causal_loss(self.lm_head, states, labels, **kwargs)
         else:
-            kept = slice(None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(states[:, kept])
+            logits = self.lm_head(states)
         if labels is not None and logits is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
