@@ -106,9 +106,10 @@ def test_another_residual_rule_fails(oracle):
             hidden_states, memory, index, inverse, state, kept, layer=layer, attention=attention
         ):
             hidden_states = hidden_states + layer.window_attention(layer.attention_norm(hidden_states), state)
+            if kept is not None:
+                hidden_states = hidden_states.flatten(0, 1)[kept]
             hidden_states = hidden_states + attention(hidden_states, memory.wait(), index, inverse)
-            output = hidden_states + layer.mlp(layer.mlp_norm(hidden_states))
-            return output if kept is None else output.flatten(0, 1)[kept]
+            return hidden_states + layer.mlp(layer.mlp_norm(hidden_states))
 
         layer.forward = informed_residual
     assert logits_error(model, oracle) > 1e-4

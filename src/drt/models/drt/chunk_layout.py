@@ -33,7 +33,7 @@ class UpperLayout:
         index: (B, M) flat compact index of each position; ``None``: all of them, M = compact_length.
         row_lengths: (B,) positions of each row (on the CPU).
         output_index: (B, n) flat index of the position whose hidden state predicts what follows each of the last n
-            input tokens; n = L unless fewer are wanted.
+            input tokens, or follows the tokens of n columns; n = L unless fewer are wanted.
         closed_counts: (B,) landmarks among the positions (on the CPU); N is the largest.
         skipped_chunks: (B,) chunks that close in this pass before the first position (on the CPU).
         landmark_index: (B, N) flat index of each of those landmarks.
@@ -43,6 +43,9 @@ class UpperLayout:
         block_index: (B, (N + 1) * block_size) flat index of each query slot, -1 for an empty slot. Block 0 is served
             by the selection carried from earlier passes, block n + 1 by that of landmark n.
         block_inverse: (B, M) flat index of each position into (B, (N + 1) * block_size), -1 for padding.
+        output_block_index: like ``block_index``, but of the (B, n) positions in ``output_index``, in as short blocks as
+            hold them.
+        output_block_inverse: (B, n), its inverse.
     """
 
     index: Tensor | None
@@ -55,6 +58,8 @@ class UpperLayout:
     block_size: int
     block_index: Tensor
     block_inverse: Tensor
+    output_block_index: Tensor
+    output_block_inverse: Tensor
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def build_chunk_layout(
     attention_mask: Tensor | None = None,
     chunk_ends: Tensor | None = None,
     open_lengths: Tensor | None = None,
-    kept: int | None = None,
+    kept: int | Tensor | None = None,
     reach: int | None = None,
     device: torch.device | str = "cpu",
 ) -> ChunkLayout:
@@ -131,7 +136,7 @@ def build_chunk_layout(
         attention_mask: (B, L), nonzero for tokens, zero for left padding. ``None``: no padding.
         chunk_ends: (B, L) bool, close the open chunk after this token. ``None``: only full chunks close.
         open_lengths: (B,) tokens already in each row's open chunk; ``None`` for a first pass.
-        kept: hidden states wanted, of the last tokens of each row; ``None``: of all.
+        kept: hidden states wanted, of the last tokens of each row or of the columns in a tensor; ``None``: of all.
         reach: positions at the end of each row that the upper decoder shall run over; ``None``: all.
         device: where the indices shall lie.
     """
@@ -148,7 +153,7 @@ def _layout(
     attention_mask: Tensor | None,
     chunk_ends: Tensor | None,
     open_lengths: Tensor | None,
-    kept: int | None,
+    kept: int | Tensor | None,
     reach: int | None,
     device: torch.device,
 ) -> ChunkLayout:
@@ -189,7 +194,8 @@ def _layout(
     carried = 0 if open_lengths is None else chunk_size
     grid = _chunk_grid(is_token, chunk, offset, position, carried_lengths, carried, num_closed, chunk_size)
     grid = grid + rows.unsqueeze(2) * (carried + compact_length)
-    output_position = output_position[:, 0 if kept is None else -kept :]
+    columns = kept.cpu() if isinstance(kept, Tensor) else slice(None if kept is None else -kept, None)
+    output_position = output_position[:, columns]
     upper = _upper(row_lengths, is_landmark, selection, output_position, reach, device)
 
     def place(tensor: Tensor) -> Tensor:
@@ -289,10 +295,13 @@ def _upper(
     number = torch.arange(landmark_index.shape[1])
     chunks_before = torch.where(number < closed_counts.unsqueeze(1), skipped.unsqueeze(1) + number, -1)
     block_size, block_index, block_inverse = _blocks(selection, landmark_index.shape[1])
+    output = output_position - start  # negative at padding
+    output_selection = torch.where(output < 0, -1, selection.gather(1, output.clamp_min(0)))
+    _, output_block_index, output_block_inverse = _blocks(output_selection, landmark_index.shape[1])
     return UpperLayout(
         index=index,
         row_lengths=row_lengths.clamp_max(width),
-        output_index=((output_position - start).clamp_min(0) + rows * width).to(device),
+        output_index=(output.clamp_min(0) + rows * width).to(device),
         closed_counts=closed_counts,
         skipped_chunks=skipped,
         landmark_index=landmark_index.to(device),
@@ -300,6 +309,8 @@ def _upper(
         block_size=block_size,
         block_index=block_index.to(device),
         block_inverse=block_inverse.to(device),
+        output_block_index=output_block_index.to(device),
+        output_block_inverse=output_block_inverse.to(device),
     )
 
 

@@ -33,7 +33,8 @@ class DRTUpperLayer(GradientCheckpointingLayer):
     """Window attention, grouped cross-attention and MLP.
 
     What is read from chunks feeds the MLP only; the residual carries the state before it (section 3.2).
-    With ``kept`` (B, n), flat indices of positions, the MLP runs at those alone, and (B, n, H) comes out.
+    With ``kept`` (B, n), flat indices of positions, only those attend to chunks, by blocks of their own, and go through
+    the MLP; (B, n, H) comes out.
     """
 
     def __init__(self, config: DRTConfig) -> None:
@@ -63,6 +64,8 @@ class DRTUpperLayer(GradientCheckpointingLayer):
         kept: Tensor | None = None,
     ) -> Tensor:
         hidden_states = hidden_states + self.window_attention(self.attention_norm(hidden_states), state)
+        if kept is not None:
+            hidden_states = hidden_states.flatten(0, 1)[kept]
         informed = hidden_states
         if isinstance(memory, Retrieval):  # chunks travel from the host while the window is attended to
             memory = memory.wait()
@@ -70,14 +73,7 @@ class DRTUpperLayer(GradientCheckpointingLayer):
             informed = informed + self.grouped_cross_attention(
                 hidden_states, memory, block_index, block_inverse
             )
-        if kept is not None:
-            hidden_states, informed = (take_positions(x, kept) for x in (hidden_states, informed))
         return hidden_states + self.mlp(self.mlp_norm(informed))
-
-
-def take_positions(states: Tensor, index: Tensor) -> Tensor:
-    """(B, M, H) at flat indices (B, n) into the first two dimensions: (B, n, H)."""
-    return states.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def _window_attention(config: DRTConfig) -> WindowAttention:

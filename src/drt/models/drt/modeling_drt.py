@@ -26,7 +26,7 @@ from drt.models.common.loss import causal_loss, needs_no_logits
 from drt.models.drt.cache_drt import DRTCache
 from drt.models.drt.chunk_layout import ChunkLayout, build_chunk_layout, upper_reach
 from drt.models.drt.configuration_drt import DRTConfig
-from drt.models.drt.layers_drt import DRTLowerLayer, DRTUpperLayer, take_positions
+from drt.models.drt.layers_drt import DRTLowerLayer, DRTUpperLayer
 from drt.models.drt.memory_drt import ChunkMemory, Retrieval
 from drt.models.drt.validation import check_inputs, check_labels
 from drt.ops.window_attention import alibi_slopes
@@ -167,7 +167,7 @@ class DRTModel(DRTPreTrainedModel):
             attention_mask=mask,
             chunk_ends=chunk_ends,
             open_lengths=None if cache is None else cache.open_lengths,
-            kept=last or None,
+            kept=states_to_keep if isinstance(states_to_keep, Tensor) else last or None,
             reach=upper_reach(self.config, last) if only_read else None,
             device=source.device,
         )
@@ -181,10 +181,7 @@ class DRTModel(DRTPreTrainedModel):
             hidden_states = layer(hidden_states, state)
         memory = self._remember(source, hidden_states, layout, cache) if self.config.retrieval else None
         upper_states = states[len(self.lower_layers) :]
-        kept = layout.upper.output_index
-        if isinstance(states_to_keep, Tensor):
-            kept = kept[:, states_to_keep]
-        hidden_states, retrieved = self._upper(hidden_states, layout, memory, upper_states, kept)
+        hidden_states, retrieved = self._upper(hidden_states, layout, memory, upper_states)
         if cache is not None:
             cache.finish(layout, length)
         return DRTModelOutput(
@@ -261,11 +258,14 @@ class DRTModel(DRTPreTrainedModel):
         layout: ChunkLayout,
         memory: ChunkMemory | None,
         states: Sequence[WindowState | None],
-        kept: Tensor,
     ) -> tuple[Tensor, list[RetrievedMemory]]:
-        """Groups of upper layers; returns their output at flat positions (B, n) and what each group retrieved."""
-        if layout.upper.index is not None:
-            hidden_states = hidden_states.flatten(0, 1)[layout.upper.index]
+        """Groups of upper layers; returns their output where it is wanted and what each group retrieved.
+
+        The last layer attends to chunks, and runs its MLP, at the wanted positions alone.
+        """
+        upper = layout.upper
+        if upper.index is not None:
+            hidden_states = hidden_states.flatten(0, 1)[upper.index]
         per_group = len(self.upper_layers) // self.config.num_groups
         retrieved: list[RetrievedMemory | Retrieval] = []
         for number, layer in enumerate(self.upper_layers):
@@ -273,16 +273,13 @@ class DRTModel(DRTPreTrainedModel):
                 retriever: Retriever | FixedRetriever = self.retrievers[number // per_group]  # type: ignore[assignment]
                 gumbel = self.training and self.config.gumbel_noise
                 retrieved.append(memory.retrieve(number // per_group, retriever, hidden_states, gumbel))
-            hidden_states = layer(
-                hidden_states,
-                retrieved[-1] if retrieved else None,
-                layout.upper.block_index,
-                layout.upper.block_inverse,
-                states[number],
-                kept if number == len(self.upper_layers) - 1 else None,
-            )
+            blocks, kept = (upper.block_index, upper.block_inverse), None
+            if number == len(self.upper_layers) - 1:
+                blocks, kept = (upper.output_block_index, upper.output_block_inverse), upper.output_index
+            chunks = retrieved[-1] if retrieved else None
+            hidden_states = layer(hidden_states, chunks, *blocks, states[number], kept)
         if not self.upper_layers:
-            hidden_states = take_positions(hidden_states, kept)
+            hidden_states = hidden_states.flatten(0, 1)[upper.output_index]
         memories = [one.wait() if isinstance(one, Retrieval) else one for one in retrieved]
         return hidden_states, memories
 
