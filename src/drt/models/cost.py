@@ -146,34 +146,53 @@ def _drt(
     chunks_read: float,
     chunks_scored: float,
 ) -> list[MatrixProduct]:
-    """A forward pass over `tokens`; keys and values of the chunk memory are made for tokens only."""
-    size, window = config.hidden_size, config.sliding_window
-    heads, (kv_heads, head_dim) = config.num_attention_heads, config.key_value_shape
-    slots = config.chunk_size
+    """A forward pass over `tokens`; keys and values of the chunk memory are made for tokens only.
+
+    The last layer reads chunks, and runs its MLP, only where a state is wanted.
+    """
+    size, window, slots = config.hidden_size, config.sliding_window, config.chunk_size
     lower, upper, encoder = config.num_lower_layers, config.num_upper_layers, config.num_encoder_layers
     positions = tokens + tokens / slots
     products = [
         *_decoder("lower", lower, positions, window, window_keys, config),
-        *_decoder("upper", upper, upper_positions, window, window_keys, config),
+        *_projections("upper", upper, upper_positions, config),
+        *_attention("upper window", "window", upper, upper_positions, window, window_keys, config),
+        *_mlp("upper", upper - 1, upper_positions, config),
+        *_mlp("upper last", 1, head_rows, config),
         _head(config, head_rows),
     ]
     if not config.retrieval:
         return products
-    group_rows, read = (slots + 1) * heads // kv_heads, chunks_read * slots
-    reading = upper_positions / (slots + 1)  # chunks whose landmarks retrieve
+    kv_heads, head_dim = config.key_value_shape
     products += [
         *_block("encoder", encoder, positions, config),
         *_attention("encoder", "encoder", encoder, positions, slots + 1, slots + 1, config),
         MatrixProduct("chunk k, v", "projection", 2, 1, tokens, size, kv_heads * head_dim),
-        MatrixProduct("chunks q, o", "projection", 2 * upper, 1, upper_positions, size, size),
-        MatrixProduct("chunks q.k", "chunks", upper, kv_heads * reading, group_rows, head_dim, read),
-        MatrixProduct("chunks p.v", "chunks", upper, kv_heads * reading, group_rows, read, head_dim),
+        *_chunks("chunks", upper - 1, upper_positions, chunks_read, config),
+        *_chunks("chunks last", 1, head_rows, chunks_read, config),
     ]
     if config.retriever == "learned":
+        reading = upper_positions / (slots + 1)  # chunks whose landmarks retrieve
         groups = config.num_groups
-        scores = MatrixProduct("landmark scores", "retrieval", groups, 1, reading, size, chunks_scored)
-        products.append(scores)
+        products.append(
+            MatrixProduct("landmark scores", "retrieval", groups, 1, reading, size, chunks_scored)
+        )
     return products
+
+
+def _chunks(
+    name: str, layers: int, positions: float, chunks_read: float, config: DRTConfig
+) -> list[MatrixProduct]:
+    """Cross-attention of positions, of which a chunk's share what they read; heads that share keys are one matrix."""
+    size, slots = config.hidden_size, config.chunk_size
+    kv_heads, head_dim = config.key_value_shape
+    rows, read = (slots + 1) * config.num_attention_heads // kv_heads, chunks_read * slots
+    matrices = kv_heads * positions / (slots + 1)
+    return [
+        MatrixProduct(f"{name} q, o", "projection", 2 * layers, 1, positions, size, size),
+        MatrixProduct(f"{name} q.k", "chunks", layers, matrices, rows, head_dim, read),
+        MatrixProduct(f"{name} p.v", "chunks", layers, matrices, rows, read, head_dim),
+    ]
 
 
 def _landmark(config: LandmarkConfig, length: int) -> list[MatrixProduct]:
@@ -223,11 +242,20 @@ def _decoder(
 
 def _block(name: str, layers: int, positions: float, config: Any) -> list[MatrixProduct]:
     """Projections of an attention and an MLP, `layers` times."""
-    size, inner_size = config.hidden_size, config.intermediate_size
-    kv_heads, head_dim = config.key_value_shape
+    return [*_projections(name, layers, positions, config), *_mlp(name, layers, positions, config)]
+
+
+def _projections(name: str, layers: int, positions: float, config: Any) -> list[MatrixProduct]:
+    size, (kv_heads, head_dim) = config.hidden_size, config.key_value_shape
     return [
         MatrixProduct(f"{name} q, o", "projection", 2 * layers, 1, positions, size, size),
         MatrixProduct(f"{name} k, v", "projection", 2 * layers, 1, positions, size, kv_heads * head_dim),
+    ]
+
+
+def _mlp(name: str, layers: int, positions: float, config: Any) -> list[MatrixProduct]:
+    size, inner_size = config.hidden_size, config.intermediate_size
+    return [
         MatrixProduct(f"{name} mlp gate, up", "projection", 2 * layers, 1, positions, size, inner_size),
         MatrixProduct(f"{name} mlp down", "projection", layers, 1, positions, inner_size, size),
     ]
