@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from drt.layers.rms_norm import RMSNorm
 from drt.layers.window_attention import WindowAttention, WindowState
 
 
@@ -63,7 +64,7 @@ class RecurrentCell(WindowAttention):
         self.block_size = block_size
         self.first_state = nn.Parameter(torch.empty(num_states, hidden_size))
         self.state_ids = nn.Parameter(torch.empty(num_states, hidden_size))
-        self.state_norm = nn.RMSNorm(hidden_size, eps=eps)
+        self.state_norm = RMSNorm(hidden_size, eps=eps)
         self.token_to_state_q_proj = nn.Linear(hidden_size, width, bias=False)
         self.state_to_state_q_proj = nn.Linear(hidden_size, width, bias=False)
         self.state_to_token_q_proj = nn.Linear(hidden_size, width, bias=False)
