@@ -173,17 +173,13 @@ def read_segments(
     Returns:
         What the model remembers; None where that is nothing.
     """
-    import torch
-
     from drt.cli.shared import reading_progress
+    from drt.models.reading import read_text
 
-    with torch.no_grad(), reading_progress() as progress:
+    with reading_progress() as progress:
         task = progress.add_task("", total=ids.shape[1])
-        for segment in ids[:, :-1].split(segment_size, dim=1):
-            if segment.shape[1] > 0:  # a prompt of one token leaves nothing to read ahead
-                cache = model(
-                    segment, past_key_values=cache, use_cache=True, logits_to_keep=1
-                ).past_key_values
-            progress.advance(task, segment.shape[1])
+        cache = read_text(
+            model, ids[:, :-1], segment_size, cache, lambda count: progress.advance(task, count)
+        )
         progress.advance(task, 1)
     return cache

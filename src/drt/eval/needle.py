@@ -16,6 +16,7 @@ from drt.eval.results import NeedleRecord
 from drt.memory import DeviceStore
 from drt.memory.chunk_codec import DTYPES
 from drt.models.drt import DRTCache, DRTForCausalLM
+from drt.models.reading import read_text
 
 SampleKey = tuple[str, int, int]  # task, length, index
 
@@ -279,13 +280,7 @@ def _read_and_answer(
         torch.cuda.reset_peak_memory_stats(device)
     prompts = torch.stack([torch.as_tensor(sample.input_ids, dtype=torch.int32) for sample in samples])
     start = clock(device)
-    for segment in prompts[:, :-1].split(segment_size, dim=1):
-        output = model(
-            input_ids=segment.to(device).long(), past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        cache = output.past_key_values
-        if on_progress is not None:
-            on_progress(segment.numel())
+    cache = read_text(model, prompts[:, :-1], segment_size, cache, on_progress)
     read = clock(device)
     ids = prompts.to(device).long()
     sequences = model.generate(  # type: ignore[operator]

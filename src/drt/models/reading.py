@@ -1,4 +1,4 @@
-"""Read a long prompt in segments, then generate greedily: what evaluation and training's validation share."""
+"""Read a long text in segments, and continue it: what commands, evaluation and training's validation share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
+
+from drt.models.drt import DRTForCausalLM
+from drt.models.drt.chunk_layout import upper_reach
 
 
 class Continuation(NamedTuple):
@@ -15,6 +18,49 @@ class Continuation(NamedTuple):
 
     token_ids: Tensor
     logits: Tensor
+
+
+@torch.no_grad()
+def read_text(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    segment_size: int,
+    cache: Cache | None = None,
+    on_segment: Callable[[int], None] | None = None,
+) -> Cache | None:
+    """Read tokens into a model's cache, a segment at a time, so that memory is bounded by a segment.
+
+    Of a DRT model only the end of the text runs through the upper decoder (`upper_reach`): what is remembered of the
+    rest comes from below it, and nothing before that end has to search the memory. The result is that of plain passes.
+
+    Args:
+        model: in eval mode.
+        input_ids: (B, L) token ids, on any device; L may be 0.
+        segment_size: tokens of each row in one forward pass, >= 1.
+        cache: what was read before.
+        on_segment: called with the number of tokens just read, those of all rows, after each segment.
+
+    Returns:
+        The cache; ``None`` where nothing was read.
+    """
+    head = 0
+    if isinstance(model, DRTForCausalLM):
+        head = max(input_ids.shape[1] - upper_reach(model.config, 1), 0)
+        cache = cache if cache is not None or head == 0 else model.make_cache()
+    for number, part in enumerate((input_ids[:, :head], input_ids[:, head:])):
+        for segment in part.split(segment_size, dim=1):
+            if segment.shape[1] == 0:  # a part of no tokens is split into one segment of none
+                continue
+            ids = segment.to(model.device).long()
+            if number == 0:
+                model.model.remember(ids, cache)
+            else:
+                cache = model(
+                    input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
+                ).past_key_values
+            if on_segment is not None:
+                on_segment(segment.numel())
+    return cache
 
 
 @torch.no_grad()
@@ -56,14 +102,7 @@ def read_and_generate(
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() before reading")
     input_ids = input_ids.to(model.device)
-    cache = None
-    for segment in input_ids[:, :-1].split(segment_size, dim=1):
-        if segment.shape[1] == 0:  # a prompt of one token leaves nothing to read ahead
-            break
-        output = model(input_ids=segment, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        if on_segment is not None:
-            on_segment(segment.shape[1])
+    cache = read_text(model, input_ids[:, :-1], segment_size, on_segment=on_segment)
     generated = model.generate(  # type: ignore[misc]
         input_ids,
         attention_mask=torch.ones_like(input_ids),
