@@ -112,6 +112,26 @@ def test_what_is_only_read_is_remembered_alike(drt_model: DRTForCausalLM, length
 
 
 @torch.no_grad()
+def test_the_window_alone_is_read_too() -> None:
+    config = DRTConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_lower_layers=1,
+        num_upper_layers=1,
+        chunk_size=7,
+        sliding_window=9,
+        retrieval=False,
+    )
+    model = DRTForCausalLM(config).eval().double()
+    ids = torch.randint(2, 64, (1, 120))
+    held = read_text(model, ids[:, :100], 30)
+    logits = model(ids[:, 100:], past_key_values=held, use_cache=True).logits
+    torch.testing.assert_close(logits, model(ids).logits[:, 100:], rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
 def test_only_the_end_of_a_text_searches_the_memory(
     drt_model: DRTForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

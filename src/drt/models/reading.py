@@ -44,7 +44,7 @@ def read_text(
         The cache; ``None`` where nothing was read.
     """
     head = 0
-    if isinstance(model, DRTForCausalLM):
+    if isinstance(model, DRTForCausalLM) and model.config.retrieval:
         head = max(input_ids.shape[1] - upper_reach(model.config, 1), 0)
         cache = cache if cache is not None or head == 0 else model.make_cache()
     for number, part in enumerate((input_ids[:, :head], input_ids[:, head:])):

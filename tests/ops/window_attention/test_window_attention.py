@@ -96,6 +96,13 @@ def test_grouped_heads(heads: int, kv_heads: int) -> None:
     assert_banded_is_dense(draw(70, 5, heads, kv_heads), window=9, alibi_slopes=alibi_slopes(heads))
 
 
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("length", [32, 64, 4096])
+def test_one_row_of_whole_blocks(length: int, kv_heads: int) -> None:
+    """Its queries are a view with strides of their own; results must not be written to a copy of one."""
+    assert_banded_is_dense([x[:1] for x in draw(length, kv_heads=kv_heads)], window=7)
+
+
 def test_a_query_sees_window_keys_itself_included() -> None:
     """Keys are all alike, so the output is the mean of the values seen."""
     value = torch.arange(100.0, dtype=torch.float64).view(1, 100, 1, 1)

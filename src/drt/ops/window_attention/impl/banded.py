@@ -164,7 +164,7 @@ class _Bands:
 def _forward(query: Tensor, *rest: Any) -> Tensor:
     with torch.autocast(query.device.type, enabled=False):
         bands = _Bands(query, *rest)
-        output = torch.empty_like(bands.query)
+        output = bands.query.new_empty(bands.query.shape)  # contiguous, so that a slab of it is a view
         for part in bands.parts():
             rows, keys, values = (x[part].flatten(0, 1) for x in (bands.query, bands.keys, bands.values))
             torch.bmm(bands.probabilities(rows, keys, part), values.mT, out=output[part].flatten(0, 1))
@@ -175,7 +175,7 @@ def _backward(grad_output: Tensor, query: Tensor, *rest: Any) -> tuple[Tensor, T
     with torch.autocast(query.device.type, enabled=False):
         bands = _Bands(query, *rest)
         grad_rows = bands.rows(grad_output)
-        grad_query = torch.empty_like(bands.query)
+        grad_query = bands.query.new_empty(bands.query.shape)
         shape = (len(grad_rows), bands.span - bands.block + bands.blocks * bands.block, query.shape[-1])
         grad_keys, grad_values = (bands.query.new_zeros(shape) for _ in range(2))
         for part in bands.parts():
