@@ -17,7 +17,7 @@ from transformers import ByT5Tokenizer
 
 from drt.errors import DRTError
 from drt.models.drt import DRTConfig, DRTForCausalLM
-from drt.models.loading import load_model, shipped_checkpoint
+from drt.models.loading import load_model, load_tokenizer, shipped_checkpoint
 
 WEIGHTS = "model.safetensors"
 
@@ -213,3 +213,8 @@ def test_a_damaged_tokenizer(refused: Callable[..., str], folder: Path, content:
 def test_the_checkpoints_that_ship() -> None:
     with pytest.raises(DRTError, match="ships no checkpoint nonsense; name a folder with --checkpoint"):
         shipped_checkpoint("nonsense")
+
+
+def test_a_missing_folder_is_not_called_one_without_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(DRTError, match="no checkpoint folder at"):
+        load_tokenizer(tmp_path / "nowhere")

@@ -156,8 +156,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint folder.
 
     Raises:
-        DRTError: there is none, or it cannot be read.
+        DRTError: there is no folder, no tokenizer in it, or it cannot be read.
     """
+    if not folder.is_dir():
+        raise DRTError(f"no checkpoint folder at {folder}")
     if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
         raise DRTError(f"{folder} holds no tokenizer; save the one that the model was trained with into it")
     try:
