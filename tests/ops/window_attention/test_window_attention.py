@@ -221,6 +221,16 @@ def test_rope_scores_depend_on_the_difference_of_positions_only(offset: int) -> 
     assert (near - torch.einsum("bqhd,bkhd->bhqk", query, key)).abs().max() > 0.1
 
 
+def test_rope_in_one_compiled_graph() -> None:
+    x, positions = torch.randn(2, 5, 3, 8, requires_grad=True), torch.arange(5)
+    results = []
+    for function in (apply_rope, torch.compile(apply_rope, fullgraph=True, backend="aot_eager")):
+        turned = function(x, positions, 1e4)
+        results.append([turned, *torch.autograd.grad(turned.square().sin().sum(), x)])
+    torch.testing.assert_close(*results)
+    torch.library.opcheck(torch.ops.drt.rope_angles, (positions, 8, 1e4, torch.bfloat16))
+
+
 def test_rope_turns_pairs_by_their_angles() -> None:
     x = torch.zeros(1, 3, 1, 4, dtype=torch.float64)
     x[..., 0] = 1  # pair (0, 2), frequency 1

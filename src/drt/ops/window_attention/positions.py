@@ -29,8 +29,25 @@ def apply_rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     dim = x.shape[-1]
     if dim % 2:
         raise ValueError(f"rotary positions need an even head_dim, got {dim}")
-    frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=x.device) / dim)
-    angle = positions.double().unsqueeze(-1) * frequency
-    cos, sin = (part.to(x.dtype).unsqueeze(-2) for part in (angle.cos(), angle.sin()))
+    cos, sin = torch.ops.drt.rope_angles(positions, dim, theta, x.dtype)
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def _angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (..., 1, D / 2), of positions (...)."""
+    frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim)
+    angle = positions.double().unsqueeze(-1) * frequency
+    return angle.cos().to(dtype).unsqueeze(-2), angle.sin().to(dtype).unsqueeze(-2)
+
+
+def _no_angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape = (*positions.shape, 1, dim // 2)
+    return positions.new_empty(shape, dtype=dtype), positions.new_empty(shape, dtype=dtype)
+
+
+# An operator of its own: a compiled graph would compute the float64 angles anew for every row and head.
+NAME = "drt::rope_angles"
+torch.library.define(NAME, "(Tensor positions, int dim, float theta, ScalarType dtype) -> (Tensor, Tensor)")
+torch.library.impl(NAME, "CompositeExplicitAutograd", _angles)
+torch.library.register_fake(NAME, _no_angles)

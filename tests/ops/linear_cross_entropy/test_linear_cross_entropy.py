@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from drt.ops import linear_cross_entropy as module
-from drt.ops.linear_cross_entropy import linear_cross_entropy
+from drt.ops.linear_cross_entropy import api, linear_cross_entropy
 from drt.testing.largest_tensor import LargestTensor
 from drt.testing.tolerance import assert_as_accurate
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BLOCK_ELEMENTS_CPU", 7 * 50)
+    monkeypatch.setattr(api, "BLOCK_ELEMENTS_CPU", 7 * 50)
 
 
 def draw(dtype: torch.dtype, rows: int = 40) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +38,11 @@ def run(function, states: Tensor, weight: Tensor, targets: Tensor) -> list[Tenso
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [2, 7, 40])
-def test_value_and_gradients(dtype: torch.dtype, rows: int) -> None:
+@pytest.mark.parametrize("columns", [1, 64])
+def test_value_and_gradients(
+    dtype: torch.dtype, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(api.COLUMNS, "cpu", columns)
     inputs = draw(dtype, rows)
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs[:2]]
     exact = run(plain, *exact_inputs, inputs[2])

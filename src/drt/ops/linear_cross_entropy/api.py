@@ -6,14 +6,22 @@ products in all, as many as with logits, and nothing computed twice.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from drt.ops.linear_cross_entropy.impl import eager
+
+HAS_TRITON = find_spec("triton") is not None
 # Logits held at a time: about a core's cache on the CPU; enough to fill a GPU elsewhere.
 BLOCK_ELEMENTS_CPU = 2**21
-BLOCK_ELEMENTS = 2**27
+BLOCK_ELEMENTS = 2**28
+# Logits get columns up to a multiple of this: a GPU's products are several times slower where rows are not aligned,
+# and vocabularies such as GPT-2's 50,257 are odd.
+COLUMNS = {"cuda": 64}
 
 
 def linear_cross_entropy(
@@ -76,29 +84,39 @@ def _sum(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum over the rows that count, and its gradients (empty where not wanted), made while logits are at hand."""
     total, grad_states, grad_weight = _empty(states, weight, targets, counts, dtype, for_states, for_weight)
-    exact = total.dtype
     total.zero_()
-    sums = torch.zeros_like(grad_weight, dtype=exact)
-    elements = BLOCK_ELEMENTS_CPU if states.device.type == "cpu" else BLOCK_ELEMENTS
-    step = max(1, elements // weight.shape[0])
-    with torch.autocast(states.device.type, enabled=False):
+    kind, vocabulary = states.device.type, len(weight)
+    columns = -vocabulary % COLUMNS.get(kind, 1) + vocabulary
+    sums = total.new_zeros(columns if for_weight else 0, weight.shape[1])
+    step = max(1, (BLOCK_ELEMENTS_CPU if kind == "cpu" else BLOCK_ELEMENTS) // columns)
+    with torch.autocast(kind, enabled=False):
         matrix = weight.to(dtype)
-        for start in range(0, states.shape[0], step):
+        if columns > vocabulary:
+            matrix = torch.cat([matrix, matrix.new_zeros(columns - vocabulary, matrix.shape[1])])
+        for start in range(0, len(states), step):
             part = slice(start, start + step)
-            rows, target, counted = states[part].to(dtype), targets[part, None], counts[part, None]
-            logits = (rows @ matrix.T).to(exact)
-            log_sum = logits.logsumexp(1, keepdim=True)
-            total += (log_sum - logits.gather(1, target)).masked_fill(~counted, 0).sum()
-            if not (for_states or for_weight):
-                continue
-            grad = logits.sub_(log_sum).exp_()
-            grad.scatter_add_(1, target, grad.new_full((), -1.0).expand(target.shape))
-            grad = grad.masked_fill_(~counted, 0).to(dtype)
+            rows = states[part].to(dtype)
+            logits = rows @ matrix.T
+            loss, grad = _implementation(logits).loss_and_gradient(
+                logits, targets[part], counts[part], vocabulary, for_states or for_weight
+            )
+            total += loss
             if for_states:
                 grad_states[part] = grad @ matrix
             if for_weight:
                 sums += grad.T @ rows
-    return total, grad_states, grad_weight.copy_(sums)
+    if for_weight:
+        grad_weight.copy_(sums[:vocabulary])
+    return total, grad_states, grad_weight
+
+
+def _implementation(logits: Tensor) -> ModuleType:
+    if logits.device.type == "cuda" and HAS_TRITON:
+        from drt.ops.linear_cross_entropy.impl import triton  # optional, and slow to import
+
+        if triton.supports(logits):
+            return triton
+    return eager
 
 
 def _empty(

@@ -1,0 +1,1 @@
+"""Loss and gradient of one block of logits; none imports another."""
