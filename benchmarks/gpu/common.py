@@ -8,6 +8,7 @@ import json
 import platform
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,11 @@ class Report:
         try:
             found = measure()
         except Exception as error:  # noqa: BLE001  (whatever one case dies of, the others are wanted)
-            found = {"failed": f"{type(error).__name__}: {error}"[:500]}
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            found = {
+                "failed": f"{type(error).__name__}: {error}"[:500],
+                "at": f"{place.filename}:{place.lineno}",
+            }
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

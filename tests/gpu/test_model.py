@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from drt.models.drt import DRTConfig, DRTForCausalLM
+from drt.memory import DeviceStore, HostStore
+from drt.models.drt import DRTCache, DRTConfig, DRTForCausalLM
 from drt.ops.chunk_retrieval import retrieve_chunks
 
 pytestmark = pytest.mark.gpu
@@ -131,6 +132,21 @@ def test_the_compiled_training_step_is_the_eager_one() -> None:
         results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     for got, want in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_host_memory_gives_the_bits_of_device_memory(dtype: torch.dtype) -> None:
+    """A text in passes of many chunks, then token by token: most of these close no chunk."""
+    tokens = torch.randint(0, 300, (2, 230), device="cuda")
+    parts = [tokens[:, :90], tokens[:, 90:190], *tokens[:, 190:].split(1, 1)]
+    results = []
+    for store in (DeviceStore, HostStore):
+        model = build("cuda").eval().to(dtype)
+        cache = DRTCache(model.config, store(dtype=str(dtype).removeprefix("torch.")))
+        with torch.inference_mode():
+            logits = [model(input_ids=part, past_key_values=cache, use_cache=True).logits for part in parts]
+        results.append(torch.cat(logits, 1))
+    assert torch.equal(*results)
 
 
 def test_half_precision_reading_is_near_float32() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drt.layers.chunk_encoder import ChunkEncoder
+from drt.layers.chunk_encoder import ChunkEncoder, ChunkEncoderLayer
 
 SIZE, WIDTH = 6, 16
 
@@ -95,3 +95,10 @@ def test_slots_beyond_a_chunk_get_no_gradient(encoder):
     assert gradient[0, 0, 4:].count_nonzero() == 0
     assert gradient[0, 0, :4].abs().amax(-1).min() > 0
     assert gradient[0, 1].abs().amax(-1).min() > 0
+
+
+def test_no_chunk_runs_no_layer(encoder, monkeypatch):
+    monkeypatch.setattr(ChunkEncoderLayer, "forward", lambda *_: pytest.fail("a layer ran for no chunk"))
+    tokens, landmarks = encoder(draw(2, 0, SIZE), draw(2, 0), None)
+    assert tokens.shape == (2, 0, SIZE, WIDTH)
+    assert landmarks.shape == (2, 0, WIDTH)

@@ -106,7 +106,8 @@ class ChunkEncoder(nn.Module):
             is_landmark = slots == chunk_size
             positions = torch.where(is_landmark, slots, slots + chunk_size - flat_lengths)
             mask = (is_landmark | (slots < flat_lengths))[:, None, None, :]
-        for layer in self.layers:
+        # Where no chunk closes there is nothing to encode, and cuDNN's attention would return None for no rows.
+        for layer in self.layers if num_chunks else ():
             hidden_states = layer(hidden_states, positions, mask)
         hidden_states = self.norm(hidden_states).unflatten(0, (batch_size, num_chunks))
         return hidden_states[:, :, :-1], hidden_states[:, :, -1]
