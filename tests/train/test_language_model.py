@@ -26,7 +26,7 @@ from drt.errors import DRTError
 from drt.models.cost import training_flops
 from drt.train.checkpoints import find_checkpoints
 from drt.train.config import CorpusConfig, LanguageModelConfig, OptimizerConfig, load_config
-from drt.train.language_model import LanguageModelTrainer, next_token_loss
+from drt.train.language_model import LanguageModelTrainer
 from drt.train.logs import read_metrics
 from drt.train.models import build_model
 from drt.train.run import run_training
@@ -132,12 +132,6 @@ def test_a_run_from_start_to_export(run: Run, make_config: MakeConfig, corpus: P
         expected = model(input_ids=ids, labels=ids).loss.item()
     assert best["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert best["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
-
-
-def test_the_loss_leaves_out_the_first_token_alone() -> None:
-    logits, ids = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
-    expected = -logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).mean()
-    assert next_token_loss(logits, ids).item() == pytest.approx(expected.item())
 
 
 def test_accumulated_passes_make_the_same_step(run: Run, make_config: MakeConfig) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from drt.data.corpus import Corpus, open_corpus
@@ -19,19 +18,10 @@ from drt.errors import DRTError
 from drt.models.cost import peak_flops, training_flops
 from drt.train.config import LanguageModelConfig
 from drt.train.curriculum import RunningTotals
+from drt.train.held_out_loss import HeldOutLoss
 from drt.train.trainer import Batch, RunTrainer, process_settings, training_arguments
 
 TOTALS = ("passes", "loss")
-
-
-def next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of every token but the first of each row.
-
-    Args:
-        logits: (B, L, V), aligned with `input_ids`: row t predicts token t + 1.
-        input_ids: (B, L) int64.
-    """
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
 
 
 class LanguageModelTrainer(RunTrainer):
@@ -74,8 +64,13 @@ class LanguageModelTrainer(RunTrainer):
         validate = None
         if config.eval_every:
             held_out = open_corpus(data.corpus, "validation", fingerprint=made_with, verify=data.verify)
-            validate = CorpusValidation(
-                config, held_out, args.process_index, args.world_size, self._autocast, check_interrupt
+            starts = validation_rows(config, held_out, args.process_index, args.world_size)
+            validate = HeldOutLoss(
+                len(starts),
+                lambda first, last: _rows(held_out, starts[first:last], data.sequence_length),
+                config.rows_per_pass or max(1, config.rows_per_step // args.world_size),
+                self._autocast,
+                check_interrupt,
             )
         super().__init__(config, model, tokenizer, TOTALS, validate, callbacks, args)
         self._flops_per_token = training_flops(model.config, data.sequence_length)
@@ -104,10 +99,11 @@ class LanguageModelTrainer(RunTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean loss of the pass; added to the running totals."""
-        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
-        loss = next_token_loss(outputs.logits, inputs["input_ids"])
+        ids = inputs["input_ids"]
+        outputs = model(input_ids=ids, labels=ids, use_cache=False)
+        loss = outputs.loss
         totals = torch.stack([torch.ones_like(loss), loss]).detach().double()
-        self.find_callback(RunningTotals).add(totals, inputs["input_ids"].numel())
+        self.find_callback(RunningTotals).add(totals, ids.numel())
         return (loss, outputs) if return_outputs else loss
 
     def means(self, sums: dict[str, float]) -> dict[str, float]:
@@ -123,65 +119,28 @@ class LanguageModelTrainer(RunTrainer):
         return speed
 
 
-class CorpusValidation:
-    """Callable (model) -> metrics: `loss` in nats a token, `perplexity`, and `score`, the negative loss.
-
-    Rows are spread evenly over the validation split, and the same for every model.
-
-    Args:
-        config: the run.
-        corpus: the validation split.
-        rank, world_size: this process takes each `world_size`-th row.
-        autocast: context of the forward pass.
-        check_interrupt: called between two passes.
+def validation_rows(config: LanguageModelConfig, corpus: Corpus, rank: int, world_size: int) -> list[int]:
+    """Where the rows of a process begin: spread evenly over the validation split, and the same for every model.
 
     Raises:
         DRTError: the split is shorter than one row, or the rows cannot be shared evenly.
     """
+    length, rows = config.data.sequence_length, config.data.validation_sequences
+    available = corpus.num_tokens // length
+    if available == 0:
+        raise DRTError(
+            f"{config.data.corpus}, validation: shorter than one sequence: wanted {length} tokens, "
+            f"it has {corpus.num_tokens}"
+        )
+    if rows % world_size:
+        raise DRTError(
+            f"data.validation_sequences: wanted a multiple of the {world_size} processes, got {rows}"
+        )
+    return [index * available // rows * length for index in range(rows)][rank::world_size]
 
-    def __init__(
-        self,
-        config: LanguageModelConfig,
-        corpus: Corpus,
-        rank: int,
-        world_size: int,
-        autocast: Callable[[], AbstractContextManager[Any]],
-        check_interrupt: Callable[[], None],
-    ) -> None:
-        length, rows = config.data.sequence_length, config.data.validation_sequences
-        available = corpus.num_tokens // length
-        if available == 0:
-            raise DRTError(
-                f"{config.data.corpus}, validation: shorter than one sequence: wanted {length} tokens, "
-                f"it has {corpus.num_tokens}"
-            )
-        if rows % world_size:
-            raise DRTError(
-                f"data.validation_sequences: wanted a multiple of the {world_size} processes, got {rows}"
-            )
-        self.corpus = corpus
-        self.length = length
-        self.starts = [index * available // rows * length for index in range(rows)][rank::world_size]
-        self.rows_per_pass = config.rows_per_pass or max(1, config.rows_per_step // world_size)
-        self.autocast = autocast
-        self.check_interrupt = check_interrupt
-        self.reduce: Callable[[Tensor], Tensor] = lambda values: values
 
-    @torch.no_grad()
-    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        """The mean loss of a model in eval mode."""
-        device = next(model.parameters()).device
-        totals = torch.zeros(2, dtype=torch.float64, device=device)
-        for first in range(0, len(self.starts), self.rows_per_pass):
-            self.check_interrupt()
-            starts = self.starts[first : first + self.rows_per_pass]
-            rows = [self.corpus.tokens(start, start + self.length).astype("int64") for start in starts]
-            ids = torch.stack([torch.from_numpy(row) for row in rows]).to(device)
-            with self.autocast():
-                logits = model(input_ids=ids, use_cache=False).logits
-            totals += torch.stack([next_token_loss(logits, ids), torch.ones_like(totals[0])]).double() * len(
-                ids
-            )
-        loss, rows_seen = self.reduce(totals).tolist()
-        mean = loss / rows_seen
-        return {"score": -mean, "loss": mean, "perplexity": math.exp(min(mean, 700.0))}
+def _rows(corpus: Corpus, starts: list[int], length: int) -> Batch:
+    """Rows of a corpus that begin at given tokens, all of their tokens to be predicted."""
+    rows = [corpus.tokens(start, start + length).astype(np.int64) for start in starts]
+    ids = torch.from_numpy(np.stack(rows))
+    return {"input_ids": ids, "labels": ids}

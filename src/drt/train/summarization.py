@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -20,6 +19,7 @@ from drt.data.tokens import TextCodec
 from drt.errors import DRTError
 from drt.train.config import SummarizationConfig
 from drt.train.curriculum import RunningTotals
+from drt.train.held_out_loss import HeldOutLoss
 from drt.train.trainer import Batch, RunTrainer, process_settings, training_arguments
 
 TOTALS = ("tokens", "loss")
@@ -71,9 +71,10 @@ class SummarizationTrainer(RunTrainer):
                 raise DRTError(
                     f"data.validation_pairs: wanted a multiple of the {args.world_size} processes, got {len(held_out)}"
                 )
-            validate = SummaryValidation(
-                self.make_batch,
-                held_out[args.process_index :: args.world_size],
+            mine = held_out[args.process_index :: args.world_size]
+            validate = HeldOutLoss(
+                len(mine),
+                lambda first, last: self.make_batch(mine[first:last]),
                 config.rows_per_pass or max(1, config.rows_per_step // args.world_size),
                 self._autocast,
                 check_interrupt,
@@ -167,48 +168,3 @@ class SummaryBatchMaker:
                     f"data.sequence_length = {self.data.sequence_length}; it has {length}"
                 )
         return pairs
-
-
-class SummaryValidation:
-    """Callable (model) -> metrics: `loss` in nats a token of a summary, `perplexity`, and `score`, the negative loss.
-
-    ROUGE, which wants summaries to be generated, is for `drt eval summarization` when the training is done.
-
-    Args:
-        make_batch: pairs to a batch.
-        pairs: those of this process.
-        rows_per_pass: pairs that are read together.
-        autocast: context of the forward pass.
-        check_interrupt: called between two passes.
-    """
-
-    def __init__(
-        self,
-        make_batch: SummaryBatchMaker,
-        pairs: list[SummaryPair],
-        rows_per_pass: int,
-        autocast: Callable[[], AbstractContextManager[Any]],
-        check_interrupt: Callable[[], None],
-    ) -> None:
-        self.make_batch = make_batch
-        self.pairs = pairs
-        self.rows_per_pass = rows_per_pass
-        self.autocast = autocast
-        self.check_interrupt = check_interrupt
-        self.reduce: Callable[[Tensor], Tensor] = lambda values: values
-
-    @torch.no_grad()
-    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        """The mean loss of a model in eval mode."""
-        device = next(model.parameters()).device
-        totals = torch.zeros(2, dtype=torch.float64, device=device)
-        for first in range(0, len(self.pairs), self.rows_per_pass):
-            self.check_interrupt()
-            made = self.make_batch(self.pairs[first : first + self.rows_per_pass])
-            batch = {name: tensor.to(device) for name, tensor in made.items()}
-            with self.autocast():
-                loss = model(**batch, use_cache=False, num_items_in_batch=1).loss  # a sum
-            totals += torch.stack([loss.double(), (batch["labels"] != IGNORED).sum().double()])
-        loss, tokens = self.reduce(totals).tolist()
-        mean = loss / tokens
-        return {"score": -mean, "loss": mean, "perplexity": math.exp(min(mean, 700.0))}
