@@ -6,7 +6,7 @@
 For each length, in a process of its own: tokens/s of prefill, seconds a token of decoding after it, peak memory.
 The floor is the time of the model's matrix products (`drt.models.cost`, counted from the configuration), each at the
 rate that a product of just its shape and dtype reaches here when it is run alone; "of floor" is floor time / time.
-Products are those that are run: of the upper decoder only the end of each segment, which is all that reading needs.
+Products are those that are run: of the upper decoder, and of retrieval, only the end of the text (`read_text`).
 "whole" are the FLOPs of the full model, upper decoder and retrieval over everything.
 """
 
@@ -36,9 +36,11 @@ from drt.eval.results import format_length
 from drt.models.cost import MatrixProduct, prefill_products
 from drt.models.drt import DRTConfig, DRTForCausalLM
 from drt.models.loading import load_model, shipped_checkpoint
+from drt.models.reading import read_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GEMM_SECONDS = 0.3  # each rate is the best run within this time
+ONCE = ("upper", "chunks ", "head", "landmark")  # products that only the end of a text runs
 
 
 @dataclass(frozen=True)
@@ -193,10 +195,8 @@ def measure_length(options: Options, length: int) -> dict[str, Any]:
 
 def read(model: DRTForCausalLM, prompt: torch.Tensor, segment_size: int) -> tuple[Any, torch.Tensor]:
     """Prefill in segments; the cache and the token that comes next, (1, 1)."""
-    cache = None
-    for segment in prompt.split(segment_size, dim=1):
-        output = model(input_ids=segment, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
+    cache = read_text(model, prompt[:, :-1], segment_size)
+    output = model(input_ids=prompt[:, -1:], past_key_values=cache, use_cache=True)
     return cache, output.logits[:, -1:].argmax(-1)
 
 
@@ -237,17 +237,21 @@ def compare_with_floor(
 ) -> dict[str, float]:
     """FLOPs a token and what share of the floor's speed was reached.
 
-    On the way through a prompt a chunk is scored against half of its chunks, taken over all of it.
+    Chunks are scored at the end of the text, against all of it; in a pass that wants every logit, on the way, against
+    half of it taken over all passes.
     """
     segment_size = min(options.segment_size, length)
-    products = prefill_products(config, segment_size, length / 2)
+    products = prefill_products(config, segment_size, length)
     rate = {row["name"]: row["rates"][options.dtype] for row in rates}
-    retrieval = sum(product.flops for product in products if product.part == "retrieval")
+    tokens = {x.name: length if x.name.startswith(ONCE) else segment_size for x in products}
+    flops = {x.part == "retrieval": 0.0 for x in products}
+    for product in products:
+        flops[product.part == "retrieval"] += product.flops / tokens[product.name]
     whole = sum(product.flops for product in prefill_products(config, segment_size, length / 2, whole=True))
-    floor_seconds = sum(product.flops / rate[product.name] for product in products) / segment_size
+    floor_seconds = sum(product.flops / rate[product.name] / tokens[product.name] for product in products)
     return {
-        "flops_per_token": (sum(product.flops for product in products) - retrieval) / segment_size,
-        "retrieval_flops_per_token": retrieval / segment_size,
+        "flops_per_token": flops[False],
+        "retrieval_flops_per_token": flops.get(True, 0.0),
         "whole_flops_per_token": whole / segment_size,
         "floor_tokens_per_second": 1 / floor_seconds,
         "of_floor": tokens_per_second * floor_seconds,
@@ -308,11 +312,13 @@ def profile_prefill(model: DRTForCausalLM, length: int, options: Options, consol
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(3, model.config.vocab_size, (1, length), generator=generator).to(model.device)
     last = min(options.segment_size, length - 1)
-    cache, _ = read(model, prompt[:, :-last], options.segment_size)
+    cache = model.make_cache()
+    for segment in prompt[:, :-last].split(options.segment_size, dim=1):
+        model.model.remember(segment, cache)
     mark_modules(model)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if model.device.type == "cuda" else [])
     with profile(activities=activities) as profiled:
-        model(input_ids=prompt[:, -last:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model.model.remember(prompt[:, -last:], cache)
     averages = profiled.key_averages()
     console.print(f"the last {last} of {length} tokens, by operator", highlight=False)
     print(averages.table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=50))
