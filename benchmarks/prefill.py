@@ -244,14 +244,12 @@ def compare_with_floor(
     products = prefill_products(config, segment_size, length)
     rate = {row["name"]: row["rates"][options.dtype] for row in rates}
     tokens = {x.name: length if x.name.startswith(ONCE) else segment_size for x in products}
-    flops = {x.part == "retrieval": 0.0 for x in products}
-    for product in products:
-        flops[product.part == "retrieval"] += product.flops / tokens[product.name]
+    retrieval = sum(x.flops / tokens[x.name] for x in products if x.part == "retrieval")
     whole = sum(product.flops for product in prefill_products(config, segment_size, length / 2, whole=True))
     floor_seconds = sum(product.flops / rate[product.name] / tokens[product.name] for product in products)
     return {
-        "flops_per_token": flops[False],
-        "retrieval_flops_per_token": flops.get(True, 0.0),
+        "flops_per_token": sum(x.flops / tokens[x.name] for x in products) - retrieval,
+        "retrieval_flops_per_token": retrieval,
         "whole_flops_per_token": whole / segment_size,
         "floor_tokens_per_second": 1 / floor_seconds,
         "of_floor": tokens_per_second * floor_seconds,

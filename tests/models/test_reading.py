@@ -61,26 +61,29 @@ def test_bad_input_is_refused(model: LlamaForCausalLM) -> None:
         model.eval()
 
 
+CONFIG = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_lower_layers": 1,
+    "num_upper_layers": 2,
+    "num_groups": 2,
+    "num_encoder_layers": 1,
+    "chunk_size": 7,
+    "retrieval_top_k": 2,
+    "sliding_window": 9,
+    "initializer_range": 0.3,
+    "eos_token_id": None,
+}
+
+
 @pytest.fixture(scope="module")
 def drt_model() -> DRTForCausalLM:
     """Random norms, GQA, two groups; a text of 100 tokens is longer than the upper decoder's reach."""
     torch.manual_seed(0)
-    config = DRTConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_lower_layers=1,
-        num_upper_layers=2,
-        num_groups=2,
-        num_encoder_layers=1,
-        chunk_size=7,
-        retrieval_top_k=2,
-        sliding_window=9,
-        initializer_range=0.3,
-        eos_token_id=None,
-    )
+    config = DRTConfig(**CONFIG)
     model = DRTForCausalLM(config).eval().double()
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -113,17 +116,7 @@ def test_what_is_only_read_is_remembered_alike(drt_model: DRTForCausalLM, length
 
 @torch.no_grad()
 def test_the_window_alone_is_read_too() -> None:
-    config = DRTConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_lower_layers=1,
-        num_upper_layers=1,
-        chunk_size=7,
-        sliding_window=9,
-        retrieval=False,
-    )
+    config = DRTConfig(**CONFIG | {"retrieval": False})
     model = DRTForCausalLM(config).eval().double()
     ids = torch.randint(2, 64, (1, 120))
     held = read_text(model, ids[:, :100], 30)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,26 +14,11 @@ import torch
 
 from drt.ops.grouped_cross_attention import grouped_cross_attention
 
-HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
-def run(*arguments: str, interpret: bool) -> subprocess.CompletedProcess[str]:
-    """Run Python in a process of its own: whether Triton interprets is settled when it is imported."""
-    environment = dict(os.environ)
-    environment.pop("TRITON_INTERPRET", None)
-    if interpret:
-        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
-    )
-
-
-@needs_triton
-def test_kernels_in_the_interpreter() -> None:
-    tests = str(HERE / "interpreted_triton.py")
-    result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", tests, interpret=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_kernels_in_the_interpreter(pass_in_the_interpreter: Callable[[Path], None]) -> None:
+    pass_in_the_interpreter(Path(__file__).parent / "interpreted_triton.py")
 
 
 @needs_triton
@@ -41,7 +27,14 @@ def test_kernels_in_the_interpreter() -> None:
 )
 def test_kernels_compile_for_hopper_without_a_gpu() -> None:
     report = Path(__file__).parents[3] / "benchmarks" / "gpu" / "compile_report.py"
-    result = run(str(report), "--quick", interpret=False)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, str(report), "--quick"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,18 +16,8 @@ from drt.testing.window_attention import CASES, Case, make_inputs
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
-@needs_triton
-def test_kernels_in_the_interpreter() -> None:
-    """In a process of its own: whether Triton interprets is settled when it is imported."""
-    tests = str(Path(__file__).parent / "interpreted_triton.py")
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", tests],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_kernels_in_the_interpreter(pass_in_the_interpreter: Callable[[Path], None]) -> None:
+    pass_in_the_interpreter(Path(__file__).parent / "interpreted_triton.py")
 
 
 @needs_triton
