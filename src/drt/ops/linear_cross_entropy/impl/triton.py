@@ -47,15 +47,15 @@ def row_kernel(
         new = tl.maximum(largest, tl.max(x, 0))
         total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new), 0)
         largest = new
-    log_sum = largest + tl.log(total)
-    tl.store(losses + row, tl.where(counted, log_sum - picked, 0.0))
+    # The largest logit is taken off first: beside it, what is added or subtracted would lose its last digits.
+    tl.store(losses + row, tl.where(counted, tl.log(total) - (picked - largest), 0.0))
     if WANTED:
         tl.debug_barrier()  # every thread has read the target's logit
         for start in range(0, columns, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             inside = column < vocabulary
             x = tl.load(logits + column, mask=inside, other=-float("inf")).to(tl.float32)
-            grad = tl.exp(x - log_sum) - tl.where(column == target, 1.0, 0.0)
+            grad = tl.exp(x - largest) / total - tl.where(column == target, 1.0, 0.0)
             grad = tl.where(counted & inside, grad, 0.0)
             tl.store(logits + column, grad.to(logits.dtype.element_ty), mask=column < columns)
 

@@ -32,7 +32,8 @@ def window_attention(
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(_attend)
+    # With lengths as symbols, torch 2.11 fails to compile a score function that uses them.
+    return torch.compile(_attend, dynamic=False)
 
 
 def _attend(
