@@ -30,6 +30,7 @@ from torch.nn.functional import cross_entropy
 
 from drt.data.corpus import open_corpus
 from drt.data.needles import parse_length
+from drt.errors import DRTError
 from drt.layers.retriever import Retriever
 from drt.models.drt import DRTForCausalLM
 from drt.models.loading import load_model
@@ -91,11 +92,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write JSON lines there")
     options = parser.parse_args()
-    model, _ = load_model(options.checkpoint)
+    try:
+        model, _ = load_model(options.checkpoint)
+        corpus = open_corpus(options.corpus, options.split)
+    except DRTError as error:
+        parser.error(str(error))
     if not isinstance(model, DRTForCausalLM) or not any(isinstance(m, Retriever) for m in model.modules()):
         parser.error(f"{options.checkpoint}: wanted a DRT model with a learned retriever")
     model.to(options.device)
-    corpus = open_corpus(options.corpus, options.split)
     starts = np.linspace(0, corpus.num_tokens - options.length, options.rows).astype(int).tolist()
     rows = [corpus.tokens(start, start + options.length).astype(np.int64) for start in starts]
     ids = [torch.from_numpy(row).to(options.device) for row in rows]
