@@ -29,6 +29,7 @@ STAGE = {  # every field, so that no test hangs on a default
     "min_distance": 0,
     "hard_name_rate": 0.25,
     "decoy_rate": 0.2,
+    "lookalike_rate": 0.0,
     "border_rate": 0.0,
     "text_positions": 100,
 }
@@ -268,6 +269,20 @@ def test_decoys_are_pieces_of_needles(mix: NeedleMix, bytes_codec: TextCodec) ->
     assert bars(0.0) <= 0 < bars(1.0)
 
 
+def test_look_alikes_come_from_the_texts(
+    books: Haystack, byte_tokenizer: Any, bytes_codec: TextCodec
+) -> None:
+    piece = b"j1 + i2 = j12; k3 = w4, x5 = y6 "
+    mix = NeedleMix([books, Haystack(piece * 100)], byte_tokenizer, [1, 0])
+
+    def pieces(rate: float) -> int:
+        batch = mix.batch(0, stage(lookalike_rate=rate), seed=0)
+        return sum(bytes_codec.decode(row).count(piece) for row in batch.input_ids)
+
+    assert pieces(0.0) == 0
+    assert 0 < pieces(0.2) < pieces(0.6)
+
+
 @pytest.mark.parametrize(("wanted", "got"), [(0, 0), (100, 100), (10**6, None)])
 def test_text_positions(mix: NeedleMix, wanted: int, got: int | None) -> None:
     batch = mix.batch(0, stage(text_positions=wanted, chain_share=0.2), seed=0)
@@ -332,6 +347,8 @@ def test_text_that_completes_a_needle_to_another_is_avoided(
         ({"chain_share": -0.1}, r"chain_share: wanted 0\.\.1"),
         ({"hard_name_rate": 2}, r"hard_name_rate: wanted 0\.\.1"),
         ({"decoy_rate": float("nan")}, r"decoy_rate: wanted 0\.\.1, got nan"),
+        ({"lookalike_rate": -1}, "lookalike_rate: wanted at least 0, got -1"),
+        ({"lookalike_rate": float("nan")}, "lookalike_rate: wanted at least 0, got nan"),
         ({"question_rate": 0}, "question_rate: wanted a positive number"),
         ({"needles_per_question": -1}, "needles_per_question: wanted a positive number"),
         ({"min_hops": 3}, "wanted 1 <= min_hops <= max_hops, got 3, 2"),

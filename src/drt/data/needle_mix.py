@@ -29,6 +29,7 @@ from drt.data.formats import (
     only_uses,
 )
 from drt.data.haystack import Haystack
+from drt.data.lookalikes import LookAlikes
 from drt.data.tokens import TextCodec, TokenIds, Tokenizer
 from drt.errors import DRTError
 
@@ -61,6 +62,7 @@ class NeedleMixConfig:
             attention window the answer must be retrieved. Where nothing lies so far back, no question is asked.
         hard_name_rate: share of the names that have a letter in common with another one of the row.
         decoy_rate: pieces of text that look like a part of a needle, for each needle.
+        lookalike_rate: pieces of the real texts that are most like a needle of the row, for each needle.
         border_rate: share of the needles that are moved on, so that the end of a full chunk cuts them. An answer in
             two chunks must be read from both; left to chance, the rarest cuts are what a model gets wrong.
         text_positions: tokens of ordinary text in `text_mask`, over the whole batch.
@@ -82,6 +84,7 @@ class NeedleMixConfig:
     min_distance: int = 0
     hard_name_rate: float = 0.25
     decoy_rate: float = 0.1
+    lookalike_rate: float = 0.0
     border_rate: float = 0.0
     text_positions: int = 128
 
@@ -92,6 +95,7 @@ class NeedleMixConfig:
             )
         for name in ("dense_share", "chain_share", "hard_name_rate", "decoy_rate", "border_rate"):
             _require(0 <= getattr(self, name) <= 1, f"{name}: wanted 0..1, got {getattr(self, name)}")
+        _require(self.lookalike_rate >= 0, f"lookalike_rate: wanted at least 0, got {self.lookalike_rate}")
         for name in ("question_rate", "needles_per_question"):
             _require(getattr(self, name) > 0, f"{name}: wanted a positive number, got {getattr(self, name)}")
         _require(
@@ -145,6 +149,7 @@ class NeedleMix:
         fits = shares.shape == (len(sources),) and bool((shares >= 0).all()) and shares.sum() > 0
         _require(fits, f"weights: wanted one for each of {len(sources)} sources, not all 0, got {weights}")
         self._shares = shares / shares.sum()
+        self._lookalikes = LookAlikes([source.text for source in sources])
 
     def batch(self, step: int, stage: NeedleMixConfig, seed: int) -> MixBatch:
         """The batch of a step.
@@ -183,7 +188,7 @@ class NeedleMix:
             window = self._window(stage.row_length, rng)
             names = NamePool(rng, name_uses(self._codec.decode(window)))
             tasks, questions = _plan(stage, self._codec, names, rng)
-            row = _lay_out(stage, self._codec, window, tasks, questions, rng)
+            row = _lay_out(stage, self._codec, window, tasks, questions, self._lookalikes, rng)
             if only_uses(self._codec.decode(row.ids), row.pieces):
                 return row
         raise DRTError(
@@ -287,6 +292,7 @@ def _lay_out(
     window: TokenIds,
     tasks: list[_Task],
     questions: int,
+    lookalikes: LookAlikes,
     rng: np.random.Generator,
 ) -> _Row:
     """Spread needles, decoys and questions over the text.
@@ -302,7 +308,7 @@ def _lay_out(
         events += [(float(latest * rng.random()), needle, number) for needle in task.needles]
     dearest = max(len(task.question) + len(task.answer) for task in tasks) + len(codec.encode(ANSWER_END))
     room = len(window) - questions * dearest - sum(len(needle) for task in tasks for needle in task.needles)
-    for decoy in _decoys(stage, codec, tasks, rng):
+    for decoy in _decoys(stage, codec, tasks, lookalikes, rng):
         if len(decoy) > room // 2:  # leave some text in the shortest rows
             break
         events.append((rng.random(), decoy, -1))
@@ -324,17 +330,24 @@ def _lay_out(
 
 
 def _decoys(
-    stage: NeedleMixConfig, codec: TextCodec, tasks: list[_Task], rng: np.random.Generator
+    stage: NeedleMixConfig,
+    codec: TextCodec,
+    tasks: list[_Task],
+    lookalikes: LookAlikes,
+    rng: np.random.Generator,
 ) -> list[TokenIds]:
     """Texts that look like a part of a needle, most with a name of the row."""
     names = [name for task in tasks for name in task.names]
-    count = int(rng.binomial(sum(len(task.needles) for task in tasks), stage.decoy_rate))
+    needles = sum(len(task.needles) for task in tasks)
+    count = int(rng.binomial(needles, stage.decoy_rate))
     texts = [
         DECOYS[int(rng.integers(len(DECOYS)))].format(
             name=names[int(rng.integers(len(names)))], digits=f"{int(rng.integers(NUM_VALUES)):05d}"
         )
         for _ in range(count)
     ]
+    for _ in range(int(rng.poisson(stage.lookalike_rate * needles))):
+        texts.append(lookalikes.draw(names[int(rng.integers(len(names)))], rng))
     return [codec.encode(text) for text in texts]
 
 
