@@ -94,6 +94,23 @@ def test_runs_are_read_once_and_reported(drt: Drt, runs: Path, text: Path) -> No
     assert not list(Path("out").glob("*.tmp"))
 
 
+def test_a_finished_run_is_kept_when_the_next_one_fails(drt: Drt, runs: Path, text: Path) -> None:
+    (runs / "drt-s1" / "final" / "config.json").write_text("{")
+    result = drt("eval", "runs", runs, "--data", text, "-o", "out", "--longest", "300")
+    assert result.exit_code != 0
+    assert sorted(path.name for path in Path("out").iterdir()) == ["drt-s0.jsonl", "settings.json"]
+
+
+def test_records_of_other_settings_are_not_taken(
+    drt: Drt, runs: Path, text: Path, refuses: Callable[..., str]
+) -> None:
+    command = ("eval", "runs", runs, "--data", text, "-o", "out")
+    assert drt(*command, "--longest", "300").exit_code == 0
+    assert "longest 300 there, 200 here" in refuses(*command, "--longest", "200")
+    assert drt(*command, "--longest", "300", "--batch-size", "2").exit_code == 0
+    assert "were made without 100" in refuses("report", "out", "--lengths", "100", "-o", "page")
+
+
 def test_report_of_files_and_folders(drt: Drt, runs: Path, text: Path, checkpoint: Path) -> None:
     drt("eval", "runs", runs, "--data", text, "-o", "out", "--longest", "100")
     drt("eval", "needle", "--checkpoint", checkpoint, "--length", "256", "--samples", "2")

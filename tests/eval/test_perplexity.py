@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from drt.errors import DRTError
 from drt.eval.documents import Document
 from drt.eval.perplexity import (
     evaluate_perplexity,
@@ -185,8 +186,19 @@ def test_positions_are_merged_over_documents() -> None:
 
 
 def test_positions_that_were_not_kept_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"d has no bucket that ends at \[10\]"):
+    with pytest.raises(DRTError, match=r"made without 10; they can be shown at 8, 16, 32, 64"):
         score_by_position([make(40, [8, 16, 32, 64], [7, 8, 16, 8])], [10, 32])
+
+
+def test_records_of_other_positions_are_shown_where_all_have_ends() -> None:
+    records = [make(40, [8, 16, 32, 64], [7, 8, 16, 8]), make(40, [10, 16, 32, 64], [9, 6, 16, 8])]
+    assert list(score_by_position(records)) == [(0, 16), (16, 32), (32, 64)]
+
+
+def test_an_end_token_alone_is_no_bucket() -> None:
+    record = make(17, [8, 16, 32], [7, 8, 1])
+    record.bytes[-1] = 0
+    assert list(score_by_position([record])) == [(0, 8), (8, 16)]
 
 
 def test_own_positions_are_kept(uniform: DRTForCausalLM, documents: list[Document]) -> None:

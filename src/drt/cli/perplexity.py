@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -79,8 +80,14 @@ def perplexity(
         data, split, lengths, shortest, longest, documents, segment_size, batch_size, threads, device, dtype
     )
     check_outputs({"--json": json}, [data])
-    models = {str(folder): folder for folder in checkpoint}
-    records = write_records(json, _evaluate(models, settings))
+    labels = [
+        f"{folder} ({number} of {len(checkpoint)})" for number, folder in enumerate(checkpoint, start=1)
+    ]
+    pairs = zip(checkpoint, labels, strict=True)
+    records = write_records(
+        json,
+        chain.from_iterable(_evaluate(str(folder), folder, settings, label) for folder, label in pairs),
+    )
     show(records, settings, reference)
     Console().print(f"records: {json}", highlight=False)
 
@@ -109,33 +116,30 @@ def runs(
     """Evaluate every finished training run of a folder on the same documents, and write the report.
 
     Each run's records go to DIR/NAME.jsonl when all of its documents are read. A run that has such a file is not read
-    again: after a stop the same command goes on, and new runs join the report. Runs whose names differ only in an
-    ending such as -s0 or -seed1 are seeds of one model.
+    again: after a stop the same command goes on, and new runs join the report. DIR/settings.json says which documents
+    were read and how; other ones need another DIR. Runs whose names differ only in an ending such as -s0 or -seed1 are
+    seeds of one model.
 
     Example:
 
         drt eval runs runs/lm --only 'books-*' --data data/corpora/books -o results/books
     """
     from drt.eval.results import EvaluationRecord, read_records
-    from drt.eval.runs import find_runs
+    from drt.eval.runs import claim_folder, find_runs
     from drt.report.page import build_page, write_page
 
     settings = _settings(
         data, split, lengths, shortest, longest, documents, segment_size, batch_size, threads, device, dtype
     )
     found = find_runs(folder, only)
+    claim_folder(output, settings.what_is_read())
     files = {name: output / f"{name}.jsonl" for name in found}
     waiting = {name: path for name, path in found.items() if not files[name].exists()}
     kept = [name for name in found if name not in waiting]
     if kept:
         Console(stderr=True).print(f"kept, not read again: {', '.join(kept)}", highlight=False)
-    output.mkdir(parents=True, exist_ok=True)
-    done: dict[str, list[EvaluationRecord]] = {}
-    for record in _evaluate(waiting, settings):
-        if record.checkpoint not in done:
-            _write_finished(done, files)
-        done.setdefault(record.checkpoint, []).append(record)
-    _write_finished(done, files)
+    for number, (name, path) in enumerate(waiting.items(), start=1):
+        _write_whole(files[name], _evaluate(name, path, settings, f"{name} ({number} of {len(waiting)})"))
     records = [record for path in files.values() for record in read_records(path, EvaluationRecord)]
     show(records, settings, reference)
     blocks = build_page(records, reference=reference, positions=settings.positions)
@@ -155,6 +159,15 @@ class _Settings:
     batch_size: int
     device: str
     dtype: str | None
+
+    def what_is_read(self) -> dict[str, Any]:
+        """What records depend on, in the form of JSON."""
+        values = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("segment_size", "batch_size", "device")
+        }
+        return values | {"data": str(self.data.resolve()), "positions": list(self.positions)}
 
 
 def _settings(
@@ -195,8 +208,8 @@ def _settings(
     )
 
 
-def _evaluate(models: dict[str, Path], settings: _Settings) -> Iterator[EvaluationRecord]:
-    """Records of each model in turn: of its training, if it is known, then of each document.
+def _evaluate(name: str, folder: Path, settings: _Settings, label: str) -> Iterator[EvaluationRecord]:
+    """Records of a model: of its training, if it is known, then of each document.
 
     Raises:
         Interrupted: Ctrl-C.
@@ -206,40 +219,36 @@ def _evaluate(models: dict[str, Path], settings: _Settings) -> Iterator[Evaluati
     from drt.eval.runs import training_record
     from drt.models.loading import load_model
 
-    target = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype)
+    model, tokenizer = load_model(folder, choose_dtype(settings.dtype))
+    documents = load_documents(
+        settings.data,
+        tokenizer,
+        split=settings.split,
+        shortest=settings.shortest,
+        longest=settings.longest,
+        count=settings.documents,
+    )
+    training = training_record(folder, name)
+    if training is not None:
+        yield training
     with reading_progress() as progress:
-        for number, (name, folder) in enumerate(models.items(), start=1):
-            model, tokenizer = load_model(folder, dtype)
-            documents = load_documents(
-                settings.data,
+        bar = progress.add_task(label, total=sum(len(document.tokens) for document in documents))
+        try:
+            yield from evaluate_perplexity(
+                model.to(choose_device(settings.device)),  # type: ignore[arg-type]
                 tokenizer,
-                split=settings.split,
-                shortest=settings.shortest,
-                longest=settings.longest,
-                count=settings.documents,
+                documents,
+                checkpoint=name,
+                data=_data_name(settings),
+                positions=settings.positions,
+                segment_size=settings.segment_size,
+                batch_size=settings.batch_size,
+                on_progress=lambda tokens: progress.advance(bar, tokens),
             )
-            training = training_record(folder, name)
-            if training is not None:
-                yield training
-            total = sum(len(document.tokens) for document in documents)
-            bar = progress.add_task(f"{name} ({number} of {len(models)})", total=total)
-            try:
-                yield from evaluate_perplexity(
-                    model.to(target),  # type: ignore[arg-type]
-                    tokenizer,
-                    documents,
-                    checkpoint=name,
-                    data=_data_name(settings),
-                    positions=settings.positions,
-                    segment_size=settings.segment_size,
-                    batch_size=settings.batch_size,
-                    on_progress=lambda tokens, bar=bar: progress.advance(bar, tokens),  # type: ignore[misc]
-                )
-            except KeyboardInterrupt as interrupt:
-                raise Interrupted(
-                    f"stopped while {name} was read; records of models before it are whole"
-                ) from (interrupt)
+        except KeyboardInterrupt as interrupt:
+            raise Interrupted(
+                f"stopped while {name} was read; records of models before it are whole"
+            ) from interrupt
 
 
 def _data_name(settings: _Settings) -> str:
@@ -247,16 +256,18 @@ def _data_name(settings: _Settings) -> str:
     return f"{settings.data.name} {settings.split}" if settings.data.is_dir() else settings.data.name
 
 
-def _write_finished(done: dict[str, list[EvaluationRecord]], files: dict[str, Path]) -> None:
-    """Write and forget the models in `done`; a file is there whole or not at all."""
+def _write_whole(path: Path, records: Iterable[EvaluationRecord]) -> None:
+    """Write a model's records; the file is there whole or not at all."""
     from drt.eval.results import RecordWriter
 
-    for name in list(done):
-        temporary = files[name].with_suffix(".tmp")
+    temporary = path.with_suffix(".tmp")
+    try:
         with RecordWriter(temporary) as writer:
-            for record in done.pop(name):
+            for record in records:
                 writer.write(record)
-        os.replace(temporary, files[name])
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def show(records: Sequence[EvaluationRecord], settings: _Settings, reference: str | None) -> None:

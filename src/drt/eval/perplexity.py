@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from drt.errors import DRTError
 from drt.eval.documents import ByteCounter, Document, TokenIds
 from drt.eval.machine import clock, peak_rss_bytes
 from drt.eval.results import PerplexityRecord
@@ -207,28 +208,33 @@ def score_by_position(
 
     Args:
         records: of documents; at deep positions only the long ones count.
-        ends: where buckets end, ascending; the records must have buckets that end there. Default: every bucket
-            of theirs.
+        ends: where buckets end, ascending; the records must have buckets that end there. Default: wherever a bucket
+            of all records that reach so far ends.
 
     Returns:
-        (start, end) -> score for each bucket that holds tokens; the end of the one beyond the last of `ends` is None.
+        (start, end) -> score for each bucket that holds text; the end of the one beyond the last of `ends` is None.
 
     Raises:
-        ValueError: a record has no bucket that ends at one of `ends`.
+        DRTError: a record has no bucket that ends at one of `ends`.
     """
     if ends is None:
-        ends = sorted({end for record in records for end in record.positions})
+        found = sorted({end for record in records for end in record.positions})
+        ends = [end for end in found if all(end in r.positions for r in records if r.length > end)]
     bounds = [0, *ends, None]
     sums = np.zeros((len(ends) + 1, 3))
     for record in records:
         reached = [end for end in ends if end < record.length]
         if missing := set(reached) - set(record.positions):
-            raise ValueError(f"{record.document} has no bucket that ends at {sorted(missing)}")
+            kept = ", ".join(map(str, record.positions))
+            raise DRTError(
+                f"lengths: the records of {record.checkpoint} were made without {min(missing)}; "
+                f"they can be shown at {kept}"
+            )
         place = np.searchsorted(ends, record.positions, side="left")
         place[-1] = len(reached)  # the last bucket ends with the document
         np.add.at(sums, place, np.stack([record.tokens, record.bytes, record.losses], 1))
     return {
         (bounds[i] or 0, bounds[i + 1]): Score(int(tokens), int(size), float(loss))
         for i, (tokens, size, loss) in enumerate(sums)
-        if tokens
+        if size  # an end token alone stands for no byte
     }

@@ -11,6 +11,7 @@ from drt.eval.results import TrainingRecord
 
 FINAL_FOLDER = "final"
 RECORD_FILE = "training.json"
+SETTINGS_FILE = "settings.json"
 TASK = "training"
 
 
@@ -34,6 +35,30 @@ def find_runs(folder: Path | str, pattern: str = "*") -> dict[str, Path]:
             f"got {len(runs)} folders of such a name and none finished"
         )
     return finished
+
+
+def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Make a folder for records of these settings, or go on in one that has them.
+
+    Args:
+        folder: of records.
+        settings: plain values: what the records depend on.
+
+    Raises:
+        DRTError: the folder holds records of other settings, or cannot be written.
+    """
+    path = folder / SETTINGS_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        found = _read_object(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise DRTError(f"{path}: cannot be written and read: {error}") from error
+    other = [name for name in settings if found.get(name) != settings[name]]
+    if other:
+        shown = ", ".join(f"{name} {found.get(name)!r} there, {settings[name]!r} here" for name in other)
+        raise DRTError(f"{folder} holds records of other settings ({shown}); choose another folder")
 
 
 def training_record(checkpoint: Path, name: str) -> TrainingRecord | None:
