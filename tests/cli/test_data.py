@@ -81,6 +81,18 @@ def test_ctrl_c_ends_with_its_exit_code(drt: Run, monkeypatch: pytest.MonkeyPatc
     assert (result.exit_code, result.stderr.strip()) == (130, "interrupted")
 
 
+def test_ctrl_c_in_preparing_says_how_to_go_on(
+    drt: Run, monkeypatch: pytest.MonkeyPatch, rows: Path, tmp_path: Path
+) -> None:
+    def interrupted(*inputs: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("drt.data.prepare.prepare_corpus", interrupted)
+    result = drt("data", "prepare", "-o", tmp_path / "corpus", rows)
+    assert result.exit_code == 130
+    assert "the same command goes on from there" in result.stderr
+
+
 @pytest.mark.parametrize("arguments", [["haystacks"], ["haystack", "--outputs"]])
 def test_mistyped_commands_are_named(drt: Run, arguments: list[str]) -> None:
     result = drt("data", *arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -104,6 +105,8 @@ def test_trainings_and_answers(training: TrainingRecord, answers: list[AnswerRec
     table = answer_table("niah_multikey_2", {"drt": answers})
     assert table.columns == ("model", "length", "questions", "recall, %")
     assert table.rows == (("drt", "4K", "4", "50.00"),)
+    two = [answers[0], replace(answers[0], length=16384)]
+    assert [row[1] for row in answer_table("niah", {"drt": two}).rows] == ["4K", "16K"]
 
 
 @pytest.mark.parametrize(("number", "text"), [(7, "7"), (4096, "4.096K"), (12_345_678, "12.35M")])

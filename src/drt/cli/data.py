@@ -81,7 +81,7 @@ SourcesOption = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[SOURCE]...",
-        help="Texts, JSON lines (.jsonl), Parquet, each plain, .xz or .gz; folders; hf:NAME[:CONFIG]@SPLIT.",
+        help="Texts and JSON lines (.jsonl), plain, .xz or .gz; Parquet; folders; hf:NAME[:CONFIG]@SPLIT.",
         show_default=False,
     ),
 ]
@@ -102,8 +102,12 @@ def tokenizer(
     ] = 8192,
     megabytes: Annotated[int, typer.Option(min=1, help="Text that is looked at, at most.")] = 50,
     share: Annotated[
-        float, typer.Option(help="Of the documents, a random choice; never those for tests.")
-    ] = 1.0,
+        float,
+        typer.Option(
+            help="Of the documents, drawn as `drt data prepare` draws them: none that it keeps for validation or test, "
+            "if that is no more than 1 minus their shares."
+        ),
+    ] = 0.98,
     documents: DocumentsOption = "files",
     text_field: TextFieldOption = "text",
 ) -> None:
@@ -166,6 +170,7 @@ def prepare(
 
     from drt.data.prepare import PrepareConfig, prepare_corpus
     from drt.data.sources import Source
+    from drt.errors import Interrupted
 
     given = ((None, sources), ("train", train), ("validation", validation), ("test", test))
     config = PrepareConfig(
@@ -184,15 +189,20 @@ def prepare(
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=None)
-        manifest = prepare_corpus(
-            config,
-            output,
-            processes=processes or os.cpu_count() or 1,
-            on_progress=lambda done: progress.update(
-                bar,
-                description=f"{done.documents:,} documents, {done.bytes / 1e6:,.0f} MB, {done.tokens:,} tokens",
-            ),
-        )
+        try:
+            manifest = prepare_corpus(
+                config,
+                output,
+                processes=processes or os.cpu_count() or 1,
+                on_progress=lambda done: progress.update(
+                    bar,
+                    description=f"{done.documents:,} documents, {done.bytes / 1e6:,.0f} MB, {done.tokens:,} tokens",
+                ),
+            )
+        except KeyboardInterrupt as interrupt:
+            raise Interrupted(
+                f"stopped; what is finished lies in {output}, and the same command goes on from there"
+            ) from interrupt
     counts = ("documents", "tokens", "bytes")
     table = Table("split", *(Column(name, justify="right") for name in counts))
     for split, values in manifest.splits.items():

@@ -140,7 +140,7 @@ def prepare_corpus(
 def split_of(
     name: str, validation_share: float, test_share: float, train_share: float | None = None
 ) -> str | None:
-    """The split of a document, drawn by its name: the same wherever and whenever it is prepared.
+    """The split of a document, drawn by its name: the same wherever and whenever it is prepared under that name.
 
     None for a document that no split takes.
     """

@@ -80,7 +80,8 @@ def sample_texts(sources: Iterable[Source], size: int, share: float = 1.0) -> li
     Args:
         sources: to read.
         size: bytes of UTF-8.
-        share: of the documents that is looked at, those at the end that `drt.data.prepare` trains on.
+        share: of the documents that is looked at. Those that `drt.data.prepare` keeps for validation and test come
+            last: with no more than 1 minus their shares none of them is.
 
     Raises:
         DRTError: as `read_documents`; or there is no text.

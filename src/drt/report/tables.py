@@ -179,7 +179,7 @@ def answer_table(task: str, models: Models[AnswerRecord]) -> Table:
 def _by_length(task: str, records: Sequence[AnswerRecord]) -> list[tuple[str, list[AnswerRecord]]]:
     """Records of each length; prompts of a real data set have any, and stay together."""
     lengths = sorted({record.length for record in records})
-    if len(lengths) > len(records) // 2:
+    if len(lengths) > max(len(records) // 2, 2):
         return [(f"{format_length(lengths[0])}-{format_length(lengths[-1])}", list(records))]
     return [(format_length(n), [record for record in records if record.length == n]) for n in lengths]
 
