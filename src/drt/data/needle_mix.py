@@ -33,8 +33,6 @@ from drt.data.lookalikes import LookAlikes
 from drt.data.tokens import TextCodec, TokenIds, Tokenizer
 from drt.errors import DRTError
 
-IGNORED = -100  # label of a token that is not scored, as in Hugging Face models
-
 _STREAM = zlib.crc32(b"needle mix")  # keeps the batches apart from evaluation samples of the same seed
 _FILL = 0.7  # largest share of a row that is not text
 _SPARSEST = 1 / 16  # questions of the sparsest rows, as a share of a dense row's
@@ -111,7 +109,6 @@ class MixBatch(NamedTuple):
 
     Attributes:
         input_ids: int64 token ids.
-        labels: int64, aligned with `input_ids` (a model shifts them itself); -100 but at answer tokens.
         answer_mask: bool, the tokens of answers.
         chain_mask: bool, the tokens of the answers that name a chain.
         text_mask: bool, random tokens of ordinary text, none at the start of a row; `text_positions` of them, or as
@@ -120,7 +117,6 @@ class MixBatch(NamedTuple):
     """
 
     input_ids: NDArray[np.int64]
-    labels: NDArray[np.int64]
     answer_mask: NDArray[np.bool_]
     chain_mask: NDArray[np.bool_]
     text_mask: NDArray[np.bool_]
@@ -176,7 +172,6 @@ class NeedleMix:
         text_mask[positions[chosen, 0], positions[chosen, 1] + 1] = True
         return MixBatch(
             input_ids=input_ids,
-            labels=np.where(answer_mask, input_ids, IGNORED),
             answer_mask=answer_mask,
             chain_mask=kinds == _CHAIN_ANSWER,
             text_mask=text_mask,

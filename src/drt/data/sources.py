@@ -18,7 +18,7 @@ from drt.errors import DRTError
 
 HUB = "hf:"
 FILES, DIRECTORIES = "files", "directories"
-_OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
+OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}  # of compressed files
 _NAME_FIELDS = ("title", "name", "id", "path")
 _PARQUET_ROWS = 64  # read at once: rows may be whole books
 
@@ -109,7 +109,7 @@ def _reader(source: Source) -> Iterator[Document]:
         )
     if path.is_dir():
         return _read_folder(path, source.documents)
-    kind = Path(path.stem).suffix if path.suffix in _OPENERS else path.suffix
+    kind = Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
     if kind in (".jsonl", ".json"):
         return _read_json_lines(path, source.text_field)
     if kind == ".parquet":
@@ -118,7 +118,7 @@ def _reader(source: Source) -> Iterator[Document]:
 
 
 def _read_json_lines(path: Path, text_field: str) -> Iterator[Document]:
-    opener = _OPENERS.get(path.suffix, open)
+    opener = OPENERS.get(path.suffix, open)
     try:
         with cast(IO[str], opener(path, "rt", encoding="utf-8")) as file:
             for number, line in enumerate(file, 1):

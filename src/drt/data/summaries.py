@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import lzma
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from drt.data.sources import OPENERS
 from drt.data.tokens import TextCodec, TokenIds
 from drt.errors import DRTError
 
 CUE = "\n\nSummary: "  # between a document and its summary
 IGNORED = -100  # label of a position that is not scored
-_OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def read_pairs(
     """
     pairs = []
     try:
-        with cast(BinaryIO, _OPENERS.get(Path(path).suffix, open)(path, "rb")) as file:
+        with cast(BinaryIO, OPENERS.get(Path(path).suffix, open)(path, "rb")) as file:
             for number, line in enumerate(file, start=1):
                 try:
                     values = json.loads(line)
