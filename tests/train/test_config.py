@@ -93,7 +93,17 @@ def test_overrides(path: Path, override: str, read) -> None:
         ("data.mix.question_rat=1", r"unknown key curriculum\.0\.mix\.question_rat"),
         ("curriculum.1.mix.min_hops=a", r"curriculum\.1\.mix\.min_hops: wanted a whole number, got 'a'"),
         ("curriculum.1.mix.decoy_rate=2", r"curriculum\.1\.mix\.decoy_rate: wanted 0\.\.1, got 2"),
-        ("tokens_per_step=100", r"curriculum\.1\.mix\.rows: wanted at least 1, got 0"),
+        (
+            "tokens_per_step=100",
+            r"tokens_per_step: wanted at least 128, one row of curriculum\.1 \(8 chunks of 16 tokens\), got 100",
+        ),
+        (
+            "data.mix.chain_share=0.5",
+            r"data\.mix\.chain_share: not to be given here, it follows from the stage's",
+        ),
+        ("data.mix.chunk_size=16", r"data\.mix\.chunk_size: not to be given here"),
+        ("curriculum.1.mix.rows=2", r"curriculum\.1\.mix\.rows: not to be given here"),
+        ("curriculum.0.mix.row_length=64", r"curriculum\.0\.mix\.row_length: not to be given here"),
         ("model.chunk_size=null", r"model\.chunk_size: wanted a whole number >= 1, got None"),
         ("seed=[", r"not valid YAML"),
         ("optimizer.min_lr=1", r"optimizer\.min_lr: wanted 0 <= min_lr <= lr"),

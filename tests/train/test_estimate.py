@@ -33,6 +33,15 @@ def test_the_tiny_language_model() -> None:
     assert half.activation_bytes == pytest.approx(found.activation_bytes / 2, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["lm-tiny", "baselines/window"])
+def test_a_language_model_keeps_no_logits(name: str) -> None:
+    small, large = (
+        estimate_run(load_config(CONFIGS / f"{name}.yaml", [f"model.vocab_size={size}"]))
+        for size in (512, 8192)
+    )
+    assert small.activation_bytes == large.activation_bytes
+
+
 @pytest.mark.parametrize("name", ["25m", "128m", "350m"])
 def test_large_configurations_are_read(name: str) -> None:
     run = load_config(CONFIGS / f"{name}.yaml")
@@ -50,7 +59,7 @@ def test_every_model_type_is_estimated(name: str) -> None:
     assert 6 * found.parameters < found.flops_per_token < 12 * found.parameters
     if name != "drt-embedding":  # runs with its embedder only
         model = build_model(run)
-        assert found.activation_bytes == round(saved_bytes(model, 256) / 256 * 4096 * 4)
+        assert found.activation_bytes == round(saved_bytes(model, 256, labels=True) / 256 * 4096 * 4)
         assert found.parameters == model.num_parameters()
 
 

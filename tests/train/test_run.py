@@ -20,7 +20,7 @@ from drt.errors import DRTError, Interrupted
 from drt.train.checkpoints import find_checkpoints
 from drt.train.config import OptimizerConfig, TrainConfig, config_to_dict, load_config
 from drt.train.logs import read_metrics
-from drt.train.run import run_training
+from drt.train.run import prepare_output, run_training
 from drt.train.trainer import NeedleTrainer
 
 MakeConfig = Callable[..., TrainConfig]
@@ -62,6 +62,10 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def _kill() -> None:
     raise Killed
+
+
+def _press() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_run_from_start_to_export(run: Run, make_config: MakeConfig) -> None:
@@ -140,7 +144,7 @@ def test_ctrl_c_saves_and_resumes(run: Run, make_config: MakeConfig) -> None:
     run(make_config("whole"))
     expected = dict(run.losses)
     run.losses.clear()
-    run.before_step[6] = lambda: os.kill(os.getpid(), signal.SIGINT)
+    run.before_step[6] = _press
     previous = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match=r"stopped after step 7 .* run the same command again"):
         run(make_config("stopped"))
@@ -166,6 +170,113 @@ def test_ctrl_c_in_validation_saves(
         with pytest.raises(Interrupted, match="stopped after step 4 "):
             run(config)
     assert [folder.name for folder in find_checkpoints(Path(config.output_dir))[0]] == ["checkpoint-4"]
+
+
+def test_a_second_ctrl_c_saves_nothing(run: Run, make_config: MakeConfig) -> None:
+    def press_twice() -> None:
+        _press()
+        _press()
+
+    run.before_step[5] = press_twice
+    config = make_config()
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(config)
+    assert stopped.type is KeyboardInterrupt  # not Interrupted, which promises a checkpoint
+    assert [folder.name for folder in find_checkpoints(Path(config.output_dir))[0]] == ["checkpoint-4"]
+
+
+class BestAfter:
+    """Stands for the validation: of the steps 4, 8 and 12 one is the best; `before[n]` is called at step n first."""
+
+    def __init__(self, run: Run, best: int) -> None:
+        self.run = run
+        self.best = best
+        self.before: dict[int, Callable[[], None]] = {}
+
+    def __call__(self, config: TrainConfig, tokenizer: object, check: Callable[[], None]):
+        def validate(model: object) -> dict[str, float]:
+            step = max(self.run.losses) + 1
+            self.before.get(step, lambda: None)()
+            check()
+            return {"score": -abs(step - self.best)}
+
+        return validate
+
+
+@pytest.mark.parametrize(
+    ("where", "best"),
+    [
+        ("in the last step", 12),
+        ("in the last validation", 12),
+        ("in the last validation", 4),
+        ("before the export", 12),
+        ("in a step that is validated", 8),
+        ("in a validation", 8),
+    ],
+)
+def test_no_validation_and_no_step_is_lost_or_added(
+    run: Run, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, where: str, best: int
+) -> None:
+    validation = BestAfter(run, best)
+    monkeypatch.setattr("drt.train.run.NeedleValidation", validation)
+    whole = run(make_config("whole"))
+    run.losses.clear()
+    config = make_config("stopped")
+    if where.endswith("validation"):
+        validation.before = {12 if "last" in where else 8: _press}
+    elif "step" in where:
+        run.before_step = {11 if "last" in where else 7: _press}
+    with monkeypatch.context() as patch:
+        if where == "before the export":
+            patch.setattr("drt.train.run.export", lambda *_: _kill())
+        with pytest.raises((Interrupted, Killed)):
+            run(config)
+    validation.before = run.before_step = {}
+    trained = len(run.losses)
+    stopped = run(config)
+
+    assert sorted(run.losses) == list(range(12))
+    assert trained == (8 if where in ("in a step that is validated", "in a validation") else 12)
+    records = [json.loads((folder / "training.json").read_text()) for folder in (whole, stopped)]
+    assert [(record["steps"], record["exported_step"]) for record in records] == [(12, best)] * 2
+    assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    metrics = [
+        [_comparable(line) for line in read_metrics(each / "metrics.jsonl")] for each in (whole, stopped)
+    ]
+    assert metrics[0] == metrics[1]
+
+
+def test_a_made_up_validation_can_be_interrupted(
+    run: Run, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validation = BestAfter(run, 12)
+    monkeypatch.setattr("drt.train.run.NeedleValidation", validation)
+    config = make_config()
+    run.before_step[11] = _press
+    for _ in range(2):  # in the last step, then in its validation after going on
+        with pytest.raises(Interrupted, match="stopped after step 12 "):
+            run(config)
+        validation.before[12] = _press
+    validation.before.clear()
+    validated = [line["step"] for line in read_metrics(run(config) / "metrics.jsonl") if "eval_score" in line]
+    assert validated == [4, 8, 12]
+
+
+def test_a_made_up_validation_is_logged_once(
+    run: Run, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("drt.train.run.NeedleValidation", BestAfter(run, 12))
+    config = make_config()
+    run.before_step = {
+        7: _press,
+        8: _kill,
+    }  # killed after the validation of step 8, before the next checkpoint
+    for error in (Interrupted, Killed):
+        with pytest.raises(error):
+            run(config)
+    run.before_step = {}
+    validated = [line["step"] for line in read_metrics(run(config) / "metrics.jsonl") if "eval_score" in line]
+    assert validated == [4, 8, 12]
 
 
 def test_a_kill_during_a_save_loses_one_interval(
@@ -223,6 +334,24 @@ def test_another_configurations_folder_is_refused(run: Run, make_config: MakeCon
     run(make_config(max_steps=1, eval_every=0))
     with pytest.raises(DRTError, match=r"another configuration \(seed: 0 there, 1 here\)"):
         run(make_config(max_steps=1, eval_every=0, seed=1))
+
+
+@pytest.mark.parametrize("left", ["checkpoint-2", "final"])
+def test_any_checkpoint_makes_a_folder_a_run(run: Run, make_config: MakeConfig, left: str) -> None:
+    config = make_config()
+    prepare_output(config)
+    (Path(config.output_dir) / left).mkdir()
+    with pytest.raises(DRTError, match="another configuration"):
+        run(make_config(seed=1))
+
+
+def test_a_start_that_failed_locks_no_folder(run: Run, make_config: MakeConfig) -> None:
+    config = make_config(max_steps=1, eval_every=0)
+    with pytest.raises(DRTError, match="hiden_size"):
+        run(make_config(model={**config.model, "hiden_size": 3}))
+    final = run(config)
+    assert load_config(Path(config.output_dir) / "config.yaml") == config
+    assert json.loads((final / "training.json").read_text())["config"] == config_to_dict(config)
 
 
 def test_an_unwritable_output_folder_is_refused(run: Run, make_config: MakeConfig, tmp_path: Path) -> None:

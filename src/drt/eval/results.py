@@ -137,7 +137,7 @@ class TrainingRecord(EvaluationRecord):
         parameters: number of the model's parameters, tied ones counted once.
         seed: of the training run.
         steps: optimizer steps.
-        training_tokens: tokens read in training.
+        training_tokens: tokens that the steps had room for, the most that was read.
         seconds: wall time of the training.
     """
 

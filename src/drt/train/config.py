@@ -18,6 +18,19 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+_FROM_STAGE = {
+    "rows": "tokens_per_step and the stage's chunks",
+    "row_length": "the stage's chunks",
+    "chunk_size": "chunk_size or model.chunk_size",
+    "chain_share": "the stage's chain_share",
+}
+
+
+def _check_mix(mix: dict[str, Any]) -> None:
+    for name, source in _FROM_STAGE.items():
+        _require(name not in mix, f"mix.{name}: not to be given here, it follows from {source}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the text comes from and how needles are mixed into it.
@@ -37,6 +50,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(bool(self.haystack), "haystack: wanted at least one file, got none")
         _require(bool(self.validation_haystack), "validation_haystack: wanted at least one file, got none")
+        _check_mix(self.mix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +88,7 @@ class StageConfig:
         _require(
             self.max_steps is None or self.max_steps >= 1, f"max_steps: wanted >= 1, got {self.max_steps}"
         )
+        _check_mix(self.mix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,12 +233,23 @@ class TrainConfig(RunConfig):
         _require(of_model in (None, size), f"chunk_size: wanted model.chunk_size = {of_model}, got {size}")
         _require(bool(self.curriculum), "curriculum: wanted at least one stage, got none")
         _require(self.text_weight >= 0, f"text_weight: wanted at least 0, got {self.text_weight}")
+        for number, stage in enumerate(self.curriculum):
+            length = self.row_length(stage)
+            _require(
+                self.tokens_per_step >= length,
+                f"tokens_per_step: wanted at least {length}, one row of curriculum.{number} "
+                f"({stage.chunks} chunks of {size} tokens), got {self.tokens_per_step}",
+            )
 
     @property
     def tokens_per_chunk(self) -> int:
         """Tokens of a chunk, in which rows are counted."""
         size: int = self.model["chunk_size"] if self.chunk_size is None else self.chunk_size
         return size
+
+    def row_length(self, stage: StageConfig) -> int:
+        """Tokens of a row of a stage."""
+        return stage.chunks * self.tokens_per_chunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -416,7 +442,7 @@ def mix_config(config: TrainConfig, stage: StageConfig) -> NeedleMixConfig:
 
 
 def _mix_fields(config: TrainConfig, stage: StageConfig) -> dict[str, Any]:
-    row_length = stage.chunks * config.tokens_per_chunk
+    row_length = config.row_length(stage)
     return {
         **config.data.mix,
         **stage.mix,

@@ -26,7 +26,7 @@ class Estimate:
     Attributes:
         parameters: of the model; tied ones count once.
         embedding_parameters: those of them in the token embedding.
-        tokens: of the whole run.
+        tokens: of the whole run, at most: rows may be shorter than their limit, and a stage's rows seldom fill a step.
         flops_per_token: forward and backward.
         state_bytes: weights, gradients and optimizer, over all processes that share them.
         activation_bytes: what the backward pass needs of one forward pass, measured on a short row and scaled up.
@@ -63,11 +63,11 @@ def estimate_run(config: RunConfig, processes: int = 1) -> Estimate:
         rows = config.rows_per_step // processes // config.passes_per_step(processes)
     else:
         assert isinstance(config, TrainConfig)
-        length = config.curriculum[-1].chunks * config.tokens_per_chunk
+        length = config.row_length(config.curriculum[-1])
         rows = config.tokens_per_step // length
     model = _model_of_shapes(config)
     probe = min(length, _PROBE_TOKENS)
-    kept = saved_bytes(model, probe) / probe
+    kept = saved_bytes(model, probe, labels=isinstance(config, RowsConfig)) / probe
     if config.gradient_checkpointing:
         layers = model.config.num_hidden_layers
         kept = (
@@ -98,24 +98,28 @@ def _model_of_shapes(config: RunConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(model_config)
 
 
-def saved_bytes(model: PreTrainedModel, length: int) -> int:
+def saved_bytes(model: PreTrainedModel, length: int, labels: bool) -> int:
     """Bytes that autograd keeps of a forward pass over one row in float32, the weights left out.
 
     Args:
         model: on the CPU.
         length: tokens of the row.
+        labels: whether the model makes the loss, and so no logits.
     """
+    head = model.get_output_embeddings().weight.shape
     weights = {StorageWeakRef(parameter.untyped_storage()) for parameter in model.parameters()}
     kept: dict[StorageWeakRef, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if (key := StorageWeakRef(storage)) not in weights:
+        # The loss keeps the head's gradient, which is no larger for a longer row.
+        if (key := StorageWeakRef(storage)) not in weights and tensor.shape != head:
             kept[key] = storage.nbytes()
         return tensor
 
     ids = torch.zeros(1, length, dtype=torch.int64)
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return sum(kept.values()) + logits.numel() * logits.element_size()  # the loss keeps as much again
+        logits: Tensor | None = model(input_ids=ids, labels=ids if labels else None, use_cache=False).logits
+    of_loss = 0 if logits is None else logits.numel() * logits.element_size()  # it keeps as much again
+    return sum(kept.values()) + of_loss

@@ -9,6 +9,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
+class BetweenSteps(KeyboardInterrupt):
+    """Ctrl-C that `Interrupt.check` passed on: no step is half done, so the run can be saved."""
+
+
 class Interrupt(TrainerCallback):
     """While entered, the first Ctrl-C asks training to save and stop; a second one stops at once."""
 
@@ -33,15 +37,15 @@ class Interrupt(TrainerCallback):
         """For long work between steps, such as validation.
 
         Raises:
-            KeyboardInterrupt: if Ctrl-C was pressed.
+            BetweenSteps: if Ctrl-C was pressed.
         """
         if self.requested:
-            raise KeyboardInterrupt
+            raise BetweenSteps
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop after this step, with a checkpoint and without validation."""
+        """Stop after this step, with a checkpoint and without validation, which is made up for on going on."""
         if self.requested:
             control.should_save = True
             control.should_evaluate = False

@@ -17,7 +17,7 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsFile(TrainerCallback):
     """Appends every log to `metrics.jsonl`, one JSON object a line, keyed by `step`.
 
-    A resumed run first drops the lines of steps that the checkpoint does not hold: they are trained again.
+    A resumed run first drops the lines that the checkpoint does not hold: they are written again.
     """
 
     def __init__(self, output_dir: Path) -> None:
@@ -26,8 +26,9 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep the lines up to the step that training goes on from."""
-        kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+        """Keep the lines that the state which training goes on from knows of."""
+        known = {(logs["step"], is_validation(logs)) for logs in state.log_history}
+        kept = [line for line in read_metrics(self.path) if (line["step"], is_validation(line)) in known]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self.path)
@@ -49,7 +50,12 @@ class MetricsFile(TrainerCallback):
 
 def is_metrics(logs: dict[str, Any]) -> bool:
     """Whether a log is of training or validation; the Trainer's closing summary is neither."""
-    return "loss" in logs or "eval_score" in logs
+    return "loss" in logs or is_validation(logs)
+
+
+def is_validation(logs: dict[str, Any]) -> bool:
+    """Whether a log is of a validation."""
+    return "eval_score" in logs
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -27,7 +27,11 @@ def training_record(
     seconds: float,
     device: str,
 ) -> str:
-    """A JSON text: command, configuration, seed, versions, machine, wall time and steps."""
+    """A JSON text: command, configuration, seed, versions, machine, wall time, steps and tokens.
+
+    `tokens` is what the steps had room for, at most: rows may be shorter than their limit, and a stage's rows seldom
+    fill a step.
+    """
     record = {
         "command": shlex.join(command),
         "seed": config.seed,

@@ -27,7 +27,7 @@ from drt.train.batches import BatchMaker
 from drt.train.checkpoints import checkpoint_folder, find_checkpoints
 from drt.train.config import LanguageModelConfig, RunConfig, SummarizationConfig, TrainConfig, config_to_dict
 from drt.train.curriculum import RunningTotals
-from drt.train.interrupt import Interrupt
+from drt.train.interrupt import BetweenSteps, Interrupt
 from drt.train.language_model import LanguageModelTrainer
 from drt.train.logs import METRICS_FILE, Display, MetricsFile
 from drt.train.models import build_model, make_tokenizer
@@ -93,10 +93,8 @@ def run_training(config: RunConfig, command: list[str], console: Console | None 
         # Several processes would not stop after the same step: Ctrl-C ends them, and the last checkpoint stays.
         with interrupt if trainer.args.world_size == 1 else nullcontext():
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    except KeyboardInterrupt:
-        if not interrupt.requested:
-            raise
-        trainer.save_now()  # stopped inside a validation, that is, between two steps
+    except BetweenSteps:  # a second Ctrl-C, which may come anywhere in a step, is none and saves nothing
+        trainer.save_now()
     finally:
         display.close()
     if interrupt.requested:
@@ -138,7 +136,9 @@ def make_trainer(
 
 
 def prepare_output(config: RunConfig) -> None:
-    """Create the run's folder and write its configuration there, or check that it is the same.
+    """Create the run's folder and write its configuration there; if it holds a run, check that it is the same.
+
+    A start that failed before the first checkpoint leaves no run, so that the corrected configuration can follow.
 
     Raises:
         DRTError: the folder cannot be written, or holds another configuration's run.
@@ -152,7 +152,7 @@ def prepare_output(config: RunConfig) -> None:
         stored = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
     except OSError as error:
         raise DRTError(f"output_dir {output_dir}: wanted a folder that can be written: {error}") from error
-    if stored is None:
+    if stored is None or not holds_run(output_dir):
         temporary = path.with_suffix(".tmp")
         temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
         os.replace(temporary, path)
@@ -166,6 +166,11 @@ def prepare_output(config: RunConfig) -> None:
             f"output_dir {output_dir} holds a run of another configuration ({shown}); "
             f"choose another output_dir or delete that folder"
         )
+
+
+def holds_run(output_dir: Path) -> bool:
+    """Whether a folder holds a run's checkpoints, whole or not, or its trained model."""
+    return any(find_checkpoints(output_dir)) or (output_dir / FINAL_FOLDER).exists()
 
 
 def find_resume_point(output_dir: Path, console: Console) -> Path | None:

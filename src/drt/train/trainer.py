@@ -28,6 +28,7 @@ from drt.layers.retriever import Retriever
 from drt.train.checkpoints import checkpoint_folder, delete_others, explained, is_complete, mark_complete
 from drt.train.config import OptimizerConfig, RowsConfig, RunConfig, StageConfig, TrainConfig, config_to_dict
 from drt.train.curriculum import Curriculum, RunningTotals
+from drt.train.logs import is_validation
 from drt.train.loss import TOTALS, needle_loss, needle_means
 
 Batch = dict[str, Tensor]
@@ -84,13 +85,18 @@ class RunTrainer(Trainer):
             train_dataset=Batches(self.batches),
             # The Trainer wants a data set before it validates; `evaluate` below makes its own samples.
             eval_dataset=Batches(self.batches) if validate is not None else None,
-            callbacks=[RunningTotals(totals), *callbacks, FlowCallback()],
+            callbacks=[RunningTotals(totals), *callbacks, FlowCallback(self.validate_if_missed)],
         )
         self.remove_callback(PrinterCallback)
 
     def batches(self) -> Iterator[Batch]:
         """Batches from the step on that comes now, without end."""
         raise NotImplementedError
+
+    def remaining_batches(self) -> Iterator[Batch]:
+        """The batches; none where a run goes on from its last step, for the Trainer looks only after one more."""
+        if self.state.global_step < self.state.max_steps:
+            yield from self.batches()
 
     def means(self, sums: dict[str, float]) -> dict[str, float]:
         """What is logged of the sums since the last log; `loss` among it."""
@@ -102,7 +108,7 @@ class RunTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """A loader that never runs ahead of the run's state and leaves the global random state alone."""
-        return DataLoader(Batches(self.batches), batch_size=None, generator=torch.Generator())
+        return DataLoader(Batches(self.remaining_batches), batch_size=None, generator=torch.Generator())
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay is for matrices only."""
@@ -157,6 +163,16 @@ class RunTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def validate_if_missed(self) -> None:
+        """Validate the step that training goes on from if it was due and Ctrl-C came first."""
+        step = self.state.global_step
+        if self.validate is None or step == 0:
+            return
+        due = step % self.config.eval_every == 0 or step >= self.state.max_steps
+        done = any(is_validation(logs) and logs["step"] == step for logs in self.state.log_history)
+        if due and not done:
+            self._determine_best_metric(metrics=self.evaluate(), trial=None)
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Not counted: walking over all parameters at every step costs more than it tells."""
@@ -279,7 +295,20 @@ class NeedleTrainer(RunTrainer):
 
 
 class FlowCallback(TrainerCallback):
-    """When to log and save, beyond the fixed intervals."""
+    """When to log, validate and save, beyond the fixed intervals.
+
+    Args:
+        before_training: called before the first step, with the state restored.
+    """
+
+    def __init__(self, before_training: Callable[[], None]) -> None:
+        self.before_training = before_training
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A run is one epoch."""
+        self.before_training()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
