@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from drt.memory import DeviceStore, HostStore
+from drt.memory import ArchiveDescription, ChunkStore, DeviceStore, DiskStore, HostStore
 from drt.models.drt import DRTCache, DRTConfig, DRTForCausalLM
+from drt.models.drt.fingerprint import model_fingerprint
 from drt.ops.chunk_retrieval import retrieve_chunks
 
 pytestmark = pytest.mark.gpu
@@ -147,6 +149,42 @@ def test_host_memory_gives_the_bits_of_device_memory(dtype: torch.dtype) -> None
             logits = [model(input_ids=part, past_key_values=cache, use_cache=True).logits for part in parts]
         results.append(torch.cat(logits, 1))
     assert torch.equal(*results)
+
+
+def describe(model: DRTForCausalLM, dtype: str) -> ArchiveDescription:
+    heads, width = model.config.key_value_shape
+    size = model.config.chunk_size
+    return ArchiveDescription(
+        "small", model_fingerprint(model), "", size, heads, width, model.config.hidden_size, 90, dtype
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tier", ["host", "disk", "archive"])
+@torch.inference_mode()
+def test_two_questions_of_a_text_that_lies_elsewhere(dtype: torch.dtype, tier: str, tmp_path: Path) -> None:
+    """Two rows are made of the one that read it; scores may differ in their last bits, so bfloat16 is only near."""
+    model, name = build("cuda").eval().to(dtype), str(dtype).removeprefix("torch.")
+    text = torch.randint(0, 300, (1, 200), device="cuda")
+    questions = torch.randint(0, 300, (2, 40), device="cuda")
+
+    def read(store: ChunkStore) -> DRTCache:
+        cache = DRTCache(model.config, store)
+        model(input_ids=text, past_key_values=cache)
+        return cache
+
+    def answer(cache: DRTCache) -> torch.Tensor:
+        cache.select_rows(torch.tensor([0, 0]))
+        return model(input_ids=questions, past_key_values=cache).logits.float()
+
+    if tier == "archive":
+        read(DeviceStore()).save(tmp_path / "archive", describe(model, name))
+        found = answer(DRTCache.open(tmp_path / "archive", model))
+    else:
+        found = answer(read(HostStore(name) if tier == "host" else DiskStore(dtype=name)))
+    expected = answer(read(DeviceStore()))
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    assert (found - expected).norm() <= tolerance * expected.norm()
 
 
 def test_half_precision_reading_is_near_float32() -> None:

@@ -168,6 +168,20 @@ def test_a_writer_searches_exactly(path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert writer.store().landmark_blocks().num_indexed == 0
 
 
+def test_a_cleared_store_has_no_index(path: Path) -> None:
+    with Archive.open(path) as opened:
+        opened.search = "index"
+        store = opened.store()
+        store.clear()
+        new = offer(99)
+        store.append(*new)
+        found = retrieve_chunks(
+            torch.randn(1, 5, WIDTH), store.landmark_blocks(), torch.full((1, 5), 4), top_k=4
+        )
+    assert store.landmark_blocks().num_indexed == 0
+    assert torch.equal(found.chunk_indices.sort(-1).values, torch.arange(4).expand(1, 5, 4))
+
+
 def test_an_index_made_after_a_reader_opened_is_not_its(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive, "INDEXED_FROM", 1)
     with Archive.open(path) as opened:

@@ -309,3 +309,13 @@ def test_any_line_of_a_journal_is_read_or_refused(line: bytes) -> None:
     except (ValueError, RecursionError):
         return
     assert Segment.parse(segment.line()) == segment
+
+
+def test_a_store_that_writes_cannot_be_cleared(tmp_path: Path) -> None:
+    """What is appended afterwards would not reach the files."""
+    write(tmp_path / "archive", 2)
+    with ArchiveWriter.open(tmp_path / "archive") as writer:
+        store = writer.store()
+        with pytest.raises(ValueError, match="an archive that is written to cannot be cleared"):
+            store.clear()
+        assert store.counts.tolist() == [2 * CHUNKS]

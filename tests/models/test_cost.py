@@ -67,7 +67,14 @@ def count_projections(model: PreTrainedModel, length: int, **options: Any) -> fl
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"num_key_value_heads": 4}, {"num_encoder_layers": 0, "num_groups": 1}, {"retrieval": False}],
+    [
+        {},
+        {"num_key_value_heads": 4},
+        {"num_encoder_layers": 0, "num_groups": 1},
+        {"retrieval": False},
+        {"num_upper_layers": 0, "num_groups": 1},
+        {"num_upper_layers": 0, "num_groups": 1, "retrieval": False},
+    ],
 )
 def test_projections_are_those_of_the_model(model: DRTForCausalLM, changes: dict[str, Any]) -> None:
     config = DRTConfig(**model.config.to_dict() | changes)
@@ -77,6 +84,7 @@ def test_projections_are_those_of_the_model(model: DRTForCausalLM, changes: dict
         counted = count_projections(model, SEGMENT, use_cache=not whole, logits_to_keep=1)
         assert flops(products, "projection") == pytest.approx(counted, rel=1e-12)
     trained = training_products(config, SEGMENT)
+    assert all(product.flops >= 0 for product in (*products, *trained))
     counted = count_projections(model, SEGMENT, use_cache=False)
     assert flops(trained, "projection") == pytest.approx(counted, rel=1e-12)
 

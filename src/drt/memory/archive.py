@@ -315,6 +315,10 @@ class ArchiveStore(PagedStore):
     def landmark_blocks(self) -> LandmarkIndex:
         return LandmarkIndex(self._pages, self._counts, self._index)
 
+    def clear(self) -> None:
+        super().clear()
+        self._index = None  # it knows the archive's landmarks
+
     def append(
         self, keys: Tensor, values: Tensor, landmarks: Tensor, lengths: Tensor, new_counts: Tensor
     ) -> None:

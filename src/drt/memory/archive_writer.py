@@ -121,7 +121,7 @@ class ArchiveWriter(Archive):
 
     def store(self) -> ArchiveStore:
         """The chunks as a store of one row; what is appended to it goes to the files."""
-        return ArchiveStore(_GrowingPage(self), self.num_chunks, self.description.dtype)
+        return _WrittenStore(_GrowingPage(self), self.num_chunks, self.description.dtype)
 
     @property
     def unfinished_documents(self) -> list[Document]:
@@ -310,6 +310,13 @@ class ArchiveWriter(Archive):
         for file in self.path.iterdir():
             if _OWN_FILES.fullmatch(file.name) and file.name not in wanted:
                 file.unlink()
+
+
+class _WrittenStore(ArchiveStore):
+    """The chunks of an archive that is written to."""
+
+    def clear(self) -> None:
+        raise ValueError("an archive that is written to cannot be cleared: make another one")
 
 
 class _GrowingPage(ArchivePage):

@@ -115,7 +115,7 @@ class LandmarkIndex(Sequence[Tensor]):
         return found.to(query.device).unflatten(0, query.shape[:2])
 
     def read(self, chunk_indices: Tensor) -> Tensor:
-        """Landmarks (B, N, K, H) of chunks (B, N, K), all of which must be held."""
+        """Landmarks (B, N, K, H) of chunks (B, N, K), all of which must be held, on the device of the indices."""
         starts = torch.tensor([placed.start for placed in self._pages], device=chunk_indices.device)
         page_of = torch.bucketize(chunk_indices.contiguous(), starts, right=True) - 1
         found = None
@@ -123,9 +123,11 @@ class LandmarkIndex(Sequence[Tensor]):
             placed = self._pages[number]
             row, query, rank = (page_of == number).nonzero(as_tuple=True)
             slot = chunk_indices[row, query, rank] - placed.start
-            part = placed.page.landmarks_at(row if placed.rows is None else placed.rows[row], slot)
+            # Pages of the host or of files have their rows there, wherever the indices are.
+            held = row if placed.rows is None else placed.rows[row.to(placed.rows.device)]
+            part = placed.page.landmarks_at(held, slot)
             if found is None:
-                found = part.new_zeros(*chunk_indices.shape, part.shape[-1])
+                found = part.new_zeros(*chunk_indices.shape, part.shape[-1], device=row.device)
             found[row, query, rank] = part.to(found)
         assert found is not None
         return found

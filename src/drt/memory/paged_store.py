@@ -134,7 +134,8 @@ class PagedStore:
             self._page_size = max(64, offered, PAGE_BYTES // max(chunk_bytes, 1))
         held = self._pages[-1].start + self._pages[-1].page.capacity if self._pages else 0
         while held < count:
-            self._pages.append(PlacedPage(self._new_page(fields, landmarks), held))
+            with torch.inference_mode(False):  # else nothing could be written to it outside inference mode
+                self._pages.append(PlacedPage(self._new_page(fields, landmarks), held))
             held += self._page_size
 
     def _new_page(self, fields: Fields, landmarks: Tensor) -> Page:
@@ -153,6 +154,7 @@ class PagedStore:
         """The page, after a copy where it is seen through a row map."""
         page, start, rows = self._pages[number]
         if rows is not None:
-            page = page.copy(rows)
+            with torch.inference_mode(False):  # as in `_make_room`
+                page = page.copy(rows)
             self._pages[number] = PlacedPage(page, start)
         return page

@@ -153,14 +153,15 @@ def _drt(
     size, window, slots = config.hidden_size, config.sliding_window, config.chunk_size
     lower, upper, encoder = config.num_lower_layers, config.num_upper_layers, config.num_encoder_layers
     positions = tokens + tokens / slots
-    products = [
-        *_decoder("lower", lower, positions, window, window_keys, config),
-        *_projections("upper", upper, upper_positions, config),
-        *_attention("upper window", "window", upper, upper_positions, window, window_keys, config),
-        *_mlp("upper", upper - 1, upper_positions, config),
-        *_mlp("upper last", 1, head_rows, config),
-        _head(config, head_rows),
-    ]
+    products = _decoder("lower", lower, positions, window, window_keys, config)
+    if upper:
+        products += [
+            *_projections("upper", upper, upper_positions, config),
+            *_attention("upper window", "window", upper, upper_positions, window, window_keys, config),
+            *_mlp("upper", upper - 1, upper_positions, config),
+            *_mlp("upper last", 1, head_rows, config),
+        ]
+    products.append(_head(config, head_rows))
     if not config.retrieval:
         return products
     kv_heads, head_dim = config.key_value_shape
@@ -168,6 +169,10 @@ def _drt(
         *_block("encoder", encoder, positions, config),
         *_attention("encoder", "encoder", encoder, positions, slots + 1, slots + 1, config),
         MatrixProduct("chunk k, v", "projection", 2, 1, tokens, size, kv_heads * head_dim),
+    ]
+    if not upper:  # nobody reads what is remembered
+        return products
+    products += [
         *_chunks("chunks", upper - 1, upper_positions, chunks_read, config),
         *_chunks("chunks last", 1, head_rows, chunks_read, config),
     ]

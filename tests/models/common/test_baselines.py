@@ -238,3 +238,29 @@ def test_configurations_that_make_no_sense(name, changes, message):
     with pytest.raises(StrictDataclassError) as refusal:
         AutoConfig.for_model(name, **changes)
     assert message in f"{refusal.value} {refusal.value.__cause__}"
+
+
+@pytest.mark.parametrize(("name", "changes"), ONE_EACH)
+@torch.no_grad()
+def test_the_loss_of_a_segment_sees_what_a_given_cache_holds(make_baseline, ids, name, changes):
+    model, cache = make_baseline(name, **changes), make_baseline(name, **changes).model.make_cache()
+    whole = model(ids, use_cache=False).logits
+    for start, stop in ((0, 30), (30, 61)):
+        part = ids[:, start:stop]
+        found = model(part, labels=part, past_key_values=cache).loss
+        expected = F.cross_entropy(whole[:, start : stop - 1].flatten(0, 1).float(), part[:, 1:].flatten())
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("name", "changes"), ONE_EACH)
+@pytest.mark.parametrize("chosen", [False, True], ids=["read", "chosen"])
+@torch.no_grad()
+def test_what_inference_mode_has_read_is_gone_on_with(make_baseline, ids, name, changes, chosen):
+    """So much that a growing cache has room for what follows."""
+    model = make_baseline(name, **changes)
+    expected = model.generate(ids, use_cache=False, **GREEDY)
+    with torch.inference_mode():
+        cache = model(ids[:, :55], use_cache=True).past_key_values
+        if chosen:
+            cache.select_rows(torch.tensor([0, 1]))
+    assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), expected)

@@ -39,6 +39,20 @@ def test_training_has_the_loss_and_gradients_of_the_logits(kind: str, items: obj
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("kind", ["drt", "window"])
+@pytest.mark.parametrize("name", ["ignore_index", "shift_labels"])
+def test_training_heeds_what_the_library_heeds(kind: str, name: str) -> None:
+    model = build(kind)
+    labels = torch.randint(0, 40, (2, 21))
+    options = {"ignore_index": int(labels[0, 3]), "shift_labels": labels.flip(1)}
+    losses = [
+        model.train(training)(input_ids=labels, labels=labels, **{name: options[name]}).loss
+        for training in (True, False)
+    ]
+    torch.testing.assert_close(*losses)
+    assert (losses[0] - model(input_ids=labels, labels=labels).loss).abs() > 1e-4
+
+
 def test_logits_where_someone_may_want_them() -> None:
     head, labels = nn.Linear(4, 6, bias=False), torch.zeros(1, 3, dtype=torch.long)
     model = nn.Module()

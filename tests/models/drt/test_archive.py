@@ -331,3 +331,22 @@ def test_places_of_words_in_a_file(tmp_path: Path) -> None:
         assert rest.text == text[stops[skip - 1] :]
         assert rest.ids.tolist() == ids[skip:]
         assert rest.stops.tolist() == stops[skip:]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_a_bfloat16_model_reads_chunks_of_any_precision(
+    model: DRTForCausalLM, tmp_path: Path, dtype: str
+) -> None:
+    """Float32 holds bfloat16 exactly; the others are near it."""
+    model = model.bfloat16()
+    expected = logits(model, read(model, TEXT))
+    cache = read(model, TEXT, DeviceStore(dtype=dtype))
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    cache.save(tmp_path / "a", describe_archive(model, tokenizer, model_name="small", dtype=dtype))
+    others = [read(model, TEXT, store) for store in (HostStore(dtype), DiskStore(dtype=dtype))]
+    for memory in (cache, *others, DRTCache.open(tmp_path / "a", model)):
+        found = logits(model, memory)
+        assert found.dtype == torch.bfloat16
+        if dtype == "float32":
+            assert torch.equal(found, expected)
+        assert (found - expected).float().norm() < 0.05 * expected.float().norm()

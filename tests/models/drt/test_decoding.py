@@ -165,3 +165,15 @@ def test_retrieval_gradient_is_the_finite_difference(make_model, ids):
     expected = (losses[0] - losses[1]) / (2 * step)
     assert abs(float(expected)) > 1e-6
     torch.testing.assert_close(parameter.grad, expected, rtol=1e-2, atol=0)
+
+
+@torch.no_grad()
+def test_the_loss_of_a_segment_sees_what_a_given_cache_holds(make_model, ids):
+    model = make_model()
+    whole, cache = model(ids, use_cache=False).logits, DRTCache(model.config)
+    for start, stop in ((0, 30), (30, 61)):
+        part = ids[:, start:stop]
+        found = model(part, labels=part, past_key_values=cache).loss
+        expected = F.cross_entropy(whole[:, start : stop - 1].flatten(0, 1), part[:, 1:].flatten())
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert model(ids, labels=ids).past_key_values is None, "nobody asked for one"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
-from drt.memory import DeviceStore
+from drt.memory import DeviceStore, DiskStore, HostStore
 from drt.models.drt import DRTCache, DRTForCausalLM
 
 NEW = 9  # more than a chunk of the small model
@@ -307,3 +307,30 @@ def test_no_step_copies_the_mask_of_the_whole_text(make_model, ids, monkeypatch)
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
     assert len(shapes) == 4
     assert all(later == [None, None] for later in shapes[1:])
+
+
+@pytest.mark.parametrize("store_type", [DeviceStore, HostStore, DiskStore])
+@pytest.mark.parametrize("rows", [1, 2])
+@torch.no_grad()
+def test_what_inference_mode_has_read_is_gone_on_with(make_model, ids, store_type, rows):
+    """Also where pages were copied there, for the second row."""
+    model, prompt = make_model(), ids[:1].repeat(rows, 1)
+    expected = model.generate(prompt, **GREEDY)
+    with torch.inference_mode():
+        cache = DRTCache(model.config, store_type(page_size=20, dtype="float32"))
+        model(ids[:1, :20], past_key_values=cache)
+        cache.batch_repeat_interleave(rows)
+        model(prompt[:, 20:40], past_key_values=cache)
+    assert torch.equal(model.generate(prompt, past_key_values=cache, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@torch.no_grad()
+def test_slices_that_hold_nothing_but_padding(make_model, prompts, rule):
+    """They leave no trace: what follows is what it is without them."""
+    model, ragged = make_model(**rule), left_padded(prompts)
+    expected = model.generate(**ragged, **GREEDY)[:, -NEW:]
+    padded = {name: torch.nn.functional.pad(tensor, (9, 0)) for name, tensor in ragged.items()}
+    for size in (1, 4, 100):
+        found = model.generate(**padded, prefill_chunk_size=size, **GREEDY)[:, -NEW:]
+        assert torch.equal(found, expected)

@@ -107,3 +107,9 @@ def test_what_goes_with_a_cache(make_model) -> None:
     assert cache.get_seq_length() == 4, "what was refused was not read"
     model(IDS, past_key_values=cache, attention_mask=torch.ones(2, 8))
     assert cache.get_seq_length() == 8
+
+
+def test_a_model_without_a_chunk_memory_remembers_nothing(make_model) -> None:
+    model = make_model(retrieval=False)
+    with pytest.raises(ValueError, match="retrieval=False has no chunk memory"):
+        model.model.remember(IDS, model.make_cache())

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from drt.ops.chunk_retrieval import RetrievedChunks, api, retrieve_chunks, select_chunks
 from drt.testing.largest_tensor import LargestTensor
@@ -267,3 +268,13 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> 
     }
     with pytest.raises(ValueError, match=message):
         retrieve_chunks(**(arguments | changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_gpu_scores_landmarks_of_any_device_and_precision(dtype: torch.dtype, device: str) -> None:
+    """Only shapes, dtypes and devices are computed, so that no GPU is wanted."""
+    with FakeTensorMode():
+        query = torch.empty(2, 5, 16, dtype=dtype, device="cuda")
+        scores = api._scores(query, torch.empty(2, 7, 16, dtype=dtype, device=device), 0.25)
+    assert (scores.dtype, scores.device.type) == (torch.float32, "cuda")

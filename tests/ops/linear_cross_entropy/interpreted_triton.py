@@ -48,3 +48,18 @@ def test_a_loss_alone_leaves_the_logits() -> None:
     )
     assert torch.equal(logits, before)
     assert len(grad) == 0
+
+
+@pytest.mark.parametrize("wrong", [30, 32, -1, -(2**40), 2**40])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_target_outside_the_vocabulary_makes_the_loss_nan(wrong: int, wanted: bool) -> None:
+    """Nothing is read for it, which at such distances would be no memory of ours; a row that does not count may."""
+    logits, targets, counts = (
+        torch.randn(3, 32),
+        torch.tensor([1, wrong, 2]),
+        torch.tensor([True, True, True]),
+    )
+    assert triton.loss_and_gradient(logits.clone(), targets, counts, 30, wanted)[0].isnan()
+    counts[1] = False
+    expected = torch.nn.functional.cross_entropy(logits[::2, :30], targets[::2], reduction="sum")
+    torch.testing.assert_close(triton.loss_and_gradient(logits, targets, counts, 30, wanted)[0], expected)

@@ -25,7 +25,7 @@ class GrowingCacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :0], value_states[:, :0]
+        self.keys, self.values = key_states.detach()[:, :0], value_states.detach()[:, :0]
         self.lengths = torch.zeros(key_states.shape[0], dtype=torch.long)
         self.is_initialized = True
 
@@ -45,10 +45,11 @@ class GrowingCacheLayer(CacheLayerMixin):
         needed = int(self.lengths.max()) + new
         if needed > self.keys.shape[1]:  # half as much again: few copies, and little room that stays empty
             more = needed + needed // 2 - self.keys.shape[1]
-            self.keys, self.values = (
-                torch.cat([x, x.new_zeros(x.shape[0], more, *x.shape[2:])], 1)
-                for x in (self.keys, self.values)
-            )
+            with torch.inference_mode(False):  # else nothing could be written to it outside inference mode
+                self.keys, self.values = (
+                    torch.cat([x, x.new_zeros(x.shape[0], more, *x.shape[2:])], 1)
+                    for x in (self.keys, self.values)
+                )
         slots = (self.lengths.unsqueeze(1) + torch.arange(new)).to(self.keys.device)
         rows = torch.arange(len(self.lengths), device=self.keys.device).unsqueeze(1)
         self.keys[rows, slots] = key_states.detach()
@@ -67,7 +68,8 @@ class GrowingCacheLayer(CacheLayerMixin):
 
     def select_rows(self, rows: Tensor) -> None:
         if self.keys is not None and self.values is not None and self.lengths is not None:
-            self.keys, self.values = self.keys[rows], self.values[rows]
+            with torch.inference_mode(False):  # as in `update`
+                self.keys, self.values = self.keys[rows], self.values[rows]
             self.lengths = self.lengths[rows.cpu()]
 
 

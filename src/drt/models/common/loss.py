@@ -11,11 +11,22 @@ from torch.nn.functional import pad
 from drt.ops.linear_cross_entropy import linear_cross_entropy
 
 
-def needs_no_logits(module: nn.Module, head: nn.Module, labels: Tensor | None, logits_to_keep: Any) -> bool:
-    """Whether a training step wants the loss alone, of a head that nothing (an adapter, say) has wrapped."""
+def needs_no_logits(
+    module: nn.Module,
+    head: nn.Module,
+    labels: Tensor | None,
+    logits_to_keep: Any,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> bool:
+    """Whether a training step wants the loss alone, of a head that nothing (an adapter, say) has wrapped.
+
+    Labels that are shifted already are left to the library's loss; its other arguments `causal_loss` takes.
+    """
     training = module.training and torch.is_grad_enabled()
     whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
-    return labels is not None and training and whole and type(head) is nn.Linear
+    plain = type(head) is nn.Linear and shift_labels is None
+    return labels is not None and training and whole and plain
 
 
 def causal_loss(
@@ -23,6 +34,7 @@ def causal_loss(
     states: Tensor,
     labels: Tensor,
     num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
     **kwargs: Any,
 ) -> Tensor:
     """What the library's causal loss gives for the head's logits, 0-d float32.
@@ -30,12 +42,15 @@ def causal_loss(
     Args:
         head: without bias.
         states: (B, L, H), aligned with ``labels``.
-        labels: (B, L) token ids, shifted here; -100 where nothing is scored.
+        labels: (B, L) token ids, shifted here; ``ignore_index`` where nothing is scored.
         num_items_in_batch: divides the sum instead of the count of scored tokens: of a batch in several parts.
-        kwargs: what else the library's loss takes and does not need here.
+        ignore_index: the label that does not count.
+        kwargs: what else the library's loss takes and does not need.
     """
-    targets = pad(labels, (0, 1), value=-100)[:, 1:]
+    targets = pad(labels, (0, 1), value=ignore_index)[:, 1:].flatten()
     divisor = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
     if divisor is not None:
         divisor = divisor.to(states.device)
-    return linear_cross_entropy(states.flatten(0, 1), head.weight, targets.flatten(), divisor=divisor)
+    return linear_cross_entropy(
+        states.flatten(0, 1), head.weight, targets, ignore_index=ignore_index, divisor=divisor
+    )

@@ -111,14 +111,15 @@ class DecoderGenerationMixin(OwnCacheGenerationMixin):
             inputs_embeds: (B, L, H) instead of ``input_ids``.
             labels: (B, L) token ids aligned with ``input_ids`` (shifted inside), -100 where nothing is scored.
             chunk_ends: (B, L), accepted so that a baseline trains on the same batches as DRT; not used.
-            use_cache: return a state to continue from. Default: ``config.use_cache`` where no gradient is recorded.
+            use_cache: return a state to continue from. Default: whether ``past_key_values`` is given, or
+                ``config.use_cache`` where there are no ``labels`` and no gradient is recorded.
             logits_to_keep: logits of the last n positions only (0: all), or of the positions in a tensor.
 
         Raises:
             ValueError: for input that cannot be laid out; the message names what was got and what is wanted.
         """
         check_labels(labels, input_ids if input_ids is not None else inputs_embeds)
-        if use_cache is None and labels is not None:
+        if use_cache is None and labels is not None and past_key_values is None:
             use_cache = False
         outputs = self.model(
             input_ids=input_ids,
@@ -130,7 +131,7 @@ class DecoderGenerationMixin(OwnCacheGenerationMixin):
         )
         states = outputs.last_hidden_state
         logits = loss = None
-        if labels is not None and needs_no_logits(self, self.lm_head, labels, logits_to_keep):  # type: ignore[arg-type]
+        if labels is not None and needs_no_logits(self, self.lm_head, labels, logits_to_keep, **kwargs):  # type: ignore[arg-type]
             loss = causal_loss(self.lm_head, states, labels, **kwargs)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

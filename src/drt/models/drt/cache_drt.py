@@ -166,7 +166,7 @@ class DRTCache(Cache):
 
     def begin(self, layout: ChunkLayout) -> None:
         """Tell the window layers how long each row of the coming pass is."""
-        lower, upper = (_unless_equal(part.row_lengths) for part in (layout, layout.upper))
+        lower, upper = (_unless_full(part.row_lengths) for part in (layout, layout.upper))
         for number, layer in enumerate(self.layers):
             layer.row_lengths = lower if number < self.num_lower_layers else upper
 
@@ -225,10 +225,14 @@ class DRTCache(Cache):
         )
 
     def reset(self) -> None:
-        """Forget everything; the next pass starts a new text."""
+        """Forget everything; the next pass starts a new text.
+
+        Raises:
+            ValueError: the chunk memory is an archive that is written to.
+        """
+        self.store.clear()
         for layer in self.layers:
             layer.forget()
-        self.store.clear()
         self.seen_tokens = 0
         self.open_states = self.open_ids = self.open_lengths = self.closed_counts = None
         self.selections = [None] * len(self.selections)
@@ -240,5 +244,6 @@ class DRTCache(Cache):
         return 0 if self.open_lengths is None else len(self.open_lengths)
 
 
-def _unless_equal(row_lengths: Tensor) -> Tensor | None:
-    return row_lengths if bool((row_lengths != row_lengths[0]).any()) else None
+def _unless_full(row_lengths: Tensor) -> Tensor | None:
+    width = max(int(row_lengths.max()), 1)  # of the pass, also where it holds nothing but padding
+    return row_lengths if bool((row_lengths != width).any()) else None

@@ -68,7 +68,7 @@ class ChunkLayout:
 
     Attributes:
         row_lengths: (B,) compact positions of each row (on the CPU).
-        compact_length: longest row, landmarks included.
+        compact_length: longest row, landmarks included; at least 1.
         token_index: (B, compact_length) flat index into the (B, L) input; anything at landmarks and padding.
         is_landmark: (B, compact_length) bool.
         closed_counts: (B,) chunks that close in this pass (on the CPU); N is the largest.
@@ -172,7 +172,7 @@ def _layout(
     num_closed = int(closed_counts.max())
     position = is_token.cumsum(1) - 1 + chunk  # compact position
     row_lengths = is_token.sum(1) + closed_counts
-    compact_length = int(row_lengths.max())
+    compact_length = max(int(row_lengths.max()), 1)  # a slice of a batch may hold nothing but padding
 
     row_of, column_of = is_token.nonzero(as_tuple=True)
     token_index = torch.zeros(batch_size, compact_length, dtype=torch.long)

@@ -16,7 +16,8 @@ _IGNORED = ("transformers_version", "dtype", "torch_dtype", "architectures", "us
 def model_fingerprint(model: PreTrainedModel) -> str:
     """SHA-256, in hexadecimal, of a model's configuration and weights.
 
-    Weights are rounded to bfloat16 first: a model and its copy in half precision have the same fingerprint.
+    Weights are rounded to bfloat16 first: a model and its copy in bfloat16 have the same fingerprint. A copy in float16
+    has another: rounded twice, some of its weights come out otherwise.
     """
     settings = {name: value for name, value in model.config.to_dict().items() if name not in _IGNORED}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())

@@ -117,7 +117,10 @@ class ChunkMemory:
 
         def remember() -> RetrievedMemory:
             device = self.keys.device
-            new = (*(t.to(device) for t in arrive()), found.chunk_indices, found.chunk_weights)
+            keys, values, lengths = arrive()
+            # A store may hold chunks in another precision than the model's.
+            arrived = (keys.to(self.keys), values.to(self.keys), lengths.to(device))
+            new = (*arrived, found.chunk_indices, found.chunk_weights)
             blocks = RetrievedMemory(
                 *(torch.cat([old.unsqueeze(1), t], 1) for old, t in zip(carried, new, strict=True))
             )

@@ -143,7 +143,8 @@ class DRTModel(DRTPreTrainedModel):
             past_key_values: the state to continue from.
             inputs_embeds: (B, L, H) instead of ``input_ids``.
             chunk_ends: (B, L) bool: close the open chunk after this token.
-            use_cache: return a state to continue from. Default: ``config.use_cache`` where no gradient is recorded.
+            use_cache: return a state to continue from. Default: whether ``past_key_values`` is given, or
+                ``config.use_cache`` where no gradient is recorded.
             output_retrieval: also return what each group retrieved.
             states_to_keep: hidden states of the last n tokens only (0: all), or of the columns in a tensor.
 
@@ -209,8 +210,12 @@ class DRTModel(DRTPreTrainedModel):
             chunk_ends: (B, L) bool: close the open chunk after this token.
 
         Raises:
-            ValueError: for input that cannot be laid out.
+            ValueError: for input that cannot be laid out, or a model without a chunk memory (``retrieval=False``).
         """
+        if not self.config.retrieval:
+            raise ValueError(
+                "a model with retrieval=False has no chunk memory: there is nothing to remember in"
+            )
         check_inputs(self.config, input_ids, None, None, chunk_ends, cache)
         batch_size, length = input_ids.shape
         layout = build_chunk_layout(
@@ -358,11 +363,12 @@ class DRTForCausalLM(DRTPreTrainedModel, OwnCacheGenerationMixin):
 
         Args:
             labels: (B, L) token ids aligned with ``input_ids`` (shifted inside), -100 where nothing is scored.
+            use_cache: as there, but with ``labels`` and no ``past_key_values`` the default is False.
             logits_to_keep: logits of the last n positions only (0: all), or of the positions in a tensor. With n >= 1
                 and a cache, a long text is read at little more than the lower decoder's cost (see `DRTModel.forward`).
         """
         check_labels(labels, input_ids if input_ids is not None else inputs_embeds)
-        if use_cache is None and labels is not None:
+        if use_cache is None and labels is not None and past_key_values is None:
             use_cache = False
         outputs = self.model(
             input_ids=input_ids,
@@ -377,7 +383,7 @@ class DRTForCausalLM(DRTPreTrainedModel, OwnCacheGenerationMixin):
         )
         states = outputs.last_hidden_state
         logits = loss = None
-        if labels is not None and needs_no_logits(self, self.lm_head, labels, logits_to_keep):
+        if labels is not None and needs_no_logits(self, self.lm_head, labels, logits_to_keep, **kwargs):
             loss = causal_loss(self.lm_head, states, labels, **kwargs)
         else:
             logits = self.lm_head(states)

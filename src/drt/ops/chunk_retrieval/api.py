@@ -194,8 +194,9 @@ def _may_look(tensor: Tensor) -> bool:
 
 
 def _scores(query: Tensor, landmarks: Tensor, scale: float | Tensor) -> Tensor:
-    """(B, n, c) float32; a GPU multiplies 16-bit landmarks as they are, exactly, instead of a float32 copy of them."""
-    if query.device.type == "cuda" and query.dtype == landmarks.dtype != torch.float32:
+    """(B, n, c) float32; a GPU multiplies its 16-bit landmarks as they are, exactly, instead of a float32 copy."""
+    on_gpu = query.device.type == "cuda" and landmarks.device == query.device
+    if on_gpu and query.dtype == landmarks.dtype and query.dtype in (torch.float16, torch.bfloat16):
         return torch.bmm(query, landmarks.mT, out_dtype=torch.float32) * scale
     return (query.float() * scale) @ landmarks.to(query.device).float().mT
 

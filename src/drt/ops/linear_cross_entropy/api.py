@@ -40,7 +40,7 @@ def linear_cross_entropy(
     Args:
         states: (N, H).
         weight: (V, H).
-        targets: (N,) int64 in [0, V), or ``ignore_index``.
+        targets: (N,) int64 in [0, V), or ``ignore_index``. Another one is an error, or the loss is NaN (on a GPU).
         ignore_index: targets that do not count.
         divisor: 0-d, divides the sum instead of the count of targets.
 

@@ -38,7 +38,9 @@ def row_kernel(
     logits += row * row_stride
     target = tl.load(targets + row)
     counted = tl.load(counts + row) != 0
-    picked = tl.load(logits + target).to(tl.float32)  # before it is overwritten
+    known = (target >= 0) & (target < vocabulary)  # a wrong label must not read another row's logits
+    # Before it is overwritten.
+    picked = tl.load(logits + target, mask=known, other=float("nan")).to(tl.float32)
     largest = -float("inf")
     total = 0.0
     for start in range(0, vocabulary, COLUMNS):
@@ -63,7 +65,10 @@ def row_kernel(
 def loss_and_gradient(
     logits: Tensor, targets: Tensor, counts: Tensor, vocabulary: int, wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results as in `impl.eager.loss_and_gradient`; the gradient takes the logits' memory."""
+    """Arguments and results as in `impl.eager.loss_and_gradient`; the gradient takes the logits' memory.
+
+    A target outside the vocabulary, where a row counts, makes the loss NaN: to raise would make the host wait.
+    """
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     row_kernel[(len(logits),)](
         logits,
