@@ -51,7 +51,7 @@ def test_forward_and_every_gradient(length: int, window: int, alibi: bool) -> No
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(
-    ("length", "past"), [(1, 1), (1, 300), (5, 3), (64, 6), (65, 63), (65, 64), (130, 250)]
+    ("length", "past"), [(0, 0), (0, 5), (1, 1), (1, 300), (5, 3), (64, 6), (65, 63), (65, 64), (130, 250)]
 )
 def test_past_keys(length: int, past: int, window: int) -> None:
     assert_banded_is_dense(draw(length, past), window=window, alibi_slopes=alibi_slopes(4))

@@ -428,7 +428,7 @@ class DRTForCausalLM(DRTPreTrainedModel, OwnCacheGenerationMixin):
     ) -> dict[str, Any]:
         """Slice the inputs, and close the open chunk at the end of the prompt (and where ``chunk_ends`` says)."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc,arg-type]
-        tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        tokens = inputs["input_ids"]
         cache = inputs.get("past_key_values")
         start = 0 if cache is None else cache.get_seq_length()
         ends = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)

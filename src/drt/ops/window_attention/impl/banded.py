@@ -71,8 +71,8 @@ class _Bands:
         self.scale = scale
         self.length, self.heads = query.shape[1:3]
         self.kv_heads = keys.shape[2]
-        self.block = min(self.length, SMALL_BLOCK if window <= SMALL_WINDOW else LARGE_BLOCK)
-        self.blocks = -(-self.length // self.block)
+        self.block = max(1, min(self.length, SMALL_BLOCK if window <= SMALL_WINDOW else LARGE_BLOCK))
+        self.blocks = max(1, -(-self.length // self.block))  # one of filling alone where there is no query
         self.tail = self.blocks * self.block - self.length
         self.span = -(-(self.block + window - 1) // VECTOR) * VECTOR
         self.front = self.span - self.block - (keys.shape[1] - self.length)  # slots before the first key
