@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from drt.data.corpus_writer import write_atomically
 from drt.errors import DRTError
 from drt.eval.results import TrainingRecord
 
@@ -51,7 +52,7 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            write_atomically(path, json.dumps(settings, indent=2).encode() + b"\n")
         found = _read_object(path)
     except (OSError, ValueError, TypeError) as error:
         raise DRTError(f"{path}: cannot be written and read: {error}") from error
