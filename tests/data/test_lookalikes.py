@@ -30,13 +30,20 @@ def test_a_character_that_a_piece_cuts_is_left_out() -> None:
     assert "a" in piece
 
 
-@pytest.mark.parametrize("part", ["|ij=12345|", "|ij?", "=1234, ", "j>12, 3", "ij=12, 3"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "..|ij=12345|",
+        "|ij? 1 2 3",
+        "=1234, ",
+        "j>12, 3",
+        "ij=12, 3",
+        "x = 12; j |".rjust(SIZE),
+        "123 |ij".rjust(SIZE),
+    ],
+)
 def test_a_part_of_a_needle_is_no_look_alike(part: str) -> None:
-    pieces = [
-        part.ljust(SIZE, "."),
-        LIKE.ljust(SIZE, "."),
-        "x = 12; y = 13; j |".rjust(SIZE),
-        "i1 + 23 |j".rjust(SIZE),
-    ]
-    found = LookAlikes(["".join(pieces).encode()])
-    assert {found.draw("ij", np.random.default_rng(seed)) for seed in range(5)} == {pieces[1]}
+    piece = part.ljust(SIZE, ".")
+    harmless = piece.replace("|", "/").replace("=", "0").replace(">", "0")
+    assert LookAlikes([piece.encode()]).draw("ij", np.random.default_rng(0)) == ""
+    assert LookAlikes([harmless.encode() * 2]).draw("ij", np.random.default_rng(0)) == harmless
