@@ -3,7 +3,7 @@
     python benchmarks/gpu/reading.py --output results --store host
 
 The paper's 128M sizes in bfloat16 with random weights, two retrieval groups, one stream read in segments. At each
-length: tokens/s of what was read since the last, ms a token of decoding (a whole number of chunks), GPU memory.
+length: tokens/s of what was read since the last (`read_text`), ms a token of decoding, GPU memory.
 "of 16K" is a token's time over its time at the first length.
 """
 
@@ -18,6 +18,7 @@ from common import Report, parser
 
 from drt.memory import DeviceStore, HostStore
 from drt.models.drt import DRTCache, DRTConfig, DRTForCausalLM
+from drt.models.reading import read_text
 
 STORES: dict[str, Callable[[], Any]] = {"device": DeviceStore, "host": HostStore}
 SEGMENT = 2**14
@@ -44,26 +45,28 @@ def main() -> None:
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    def in_time(_: int) -> None:
+        if time.monotonic() > report.end:
+            raise TimeoutError(f"out of time after {cache.seen_tokens} tokens")
+
     def read(count: int) -> None:
         tokens = torch.randint(0, config.vocab_size, (1, count), device=device)
-        model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        read_text(model, tokens, segment, cache, in_time)
 
     def measure(length: int) -> dict[str, Any]:
         new = length - cache.seen_tokens
         start = wait()
-        while cache.seen_tokens < length:
-            if time.monotonic() > report.end:
-                raise TimeoutError(f"out of time after {cache.seen_tokens} tokens")
-            read(min(segment, length - cache.seen_tokens))
+        read(new)
         prefill = wait() - start
-        read(1)  # the first single token pays for what is compiled or allocated once
+        for _ in range(DECODED // 2):  # the first tokens pay for what is compiled or allocated once
+            read(1)
         start = wait()
         for _ in range(DECODED):
             read(1)
         decoding = (wait() - start) / DECODED
         first.append(decoding)
         return {
-            "prefill_tokens_per_s": new / prefill,
+            "prefill_tokens_per_s": new / prefill if new else None,
             "decode_ms": decoding * 1e3,
             "of_16k": decoding / first[0],
             "device_mib": torch.cuda.memory_allocated() / 2**20 if device.type == "cuda" else None,
