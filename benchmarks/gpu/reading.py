@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from common import Report, parser
 
+from drt.data.needles import parse_length
 from drt.memory import DeviceStore, HostStore
 from drt.models.drt import DRTCache, DRTConfig, DRTForCausalLM
 from drt.models.reading import read_text
@@ -28,10 +29,11 @@ DECODED = 126  # two chunks
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--store", choices=sorted(STORES), default="device")
+    options.add_argument("--lengths", default="16K,64K,256K,1M,4M,16M", help="tokens, the shortest first")
     arguments = options.parse_args()
     report = Report(f"reading-{arguments.store}", arguments)
     device = report.device
-    lengths = [300, 900] if arguments.tiny else [2**14, 2**16, 2**18, 2**20, 2**22, 2**24]
+    lengths = [300, 900] if arguments.tiny else [parse_length(n) for n in arguments.lengths.split(",")]
     segment = 256 if arguments.tiny else SEGMENT
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4} if arguments.tiny else {}
     config = DRTConfig(vocab_size=50257, num_groups=2, **sizes)

@@ -268,6 +268,21 @@ def test_decoys_are_pieces_of_needles(mix: NeedleMix, bytes_codec: TextCodec) ->
     assert bars(0.0) <= 0 < bars(1.0)
 
 
+def test_a_decoy_that_would_complete_a_needle_is_left_out(
+    mix: NeedleMix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = []
+
+    def window(length: int, rng: np.random.Generator) -> Any:
+        windows.append(draw(length, rng))
+        return windows[-1]
+
+    draw = mix._window
+    monkeypatch.setattr(mix, "_window", window)
+    mix.batch(0, stage(rows=20, question_rate=0.8, decoy_rate=1.0), seed=0)
+    assert len(windows) == 20, "no row had to be drawn anew"
+
+
 def test_look_alikes_come_from_the_texts(
     books: Haystack, byte_tokenizer: Any, bytes_codec: TextCodec
 ) -> None:

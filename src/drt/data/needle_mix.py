@@ -37,6 +37,7 @@ _STREAM = zlib.crc32(b"needle mix")  # keeps the batches apart from evaluation s
 _FILL = 0.7  # largest share of a row that is not text
 _SPARSEST = 1 / 16  # questions of the sparsest rows, as a share of a dense row's
 _ATTEMPTS = 20
+_LONGEST_PART = 3  # characters that a decoy may make a needle's or a question's beginning of, such as `|ab`
 
 _TEXT, _OTHER, _ANSWER, _CHAIN_ANSWER = range(4)  # what a token belongs to
 
@@ -310,7 +311,7 @@ def _lay_out(
         room -= len(decoy)
     events.sort(key=lambda event: event[0])
 
-    writer = _RowWriter(window, codec.encode(ANSWER_END), stage, room)
+    writer = _RowWriter(window, codec, stage, room)
     for place, needle, number in events:
         writer.write_text(int(place * (room + 1)))
         if needle is not None and number >= 0 and rng.random() < stage.border_rate:
@@ -318,7 +319,7 @@ def _lay_out(
         if needle is None:
             writer.ask(rng)
         elif number < 0:
-            writer.write(needle, _OTHER)
+            writer.write_decoy(needle)
         else:
             writer.write_needle(needle, tasks[number])
     return writer.finish([needle for task in tasks for needle in task.hidden.needles])
@@ -351,15 +352,16 @@ class _RowWriter:
 
     Args:
         window: (row_length,) text that the row is filled with.
-        answer_end: tokens written after an answer.
+        codec: of its tokens.
         stage: what the batch is made of. With fewer needles than questions, what was asked for waits to be asked for
             again, as far from its answer as from its needle.
         room: tokens of text that the row has place for.
     """
 
-    def __init__(self, window: TokenIds, answer_end: TokenIds, stage: NeedleMixConfig, room: int) -> None:
+    def __init__(self, window: TokenIds, codec: TextCodec, stage: NeedleMixConfig, room: int) -> None:
         self._window = window
-        self._answer_end = answer_end
+        self._codec = codec
+        self._answer_end = codec.encode(ANSWER_END)
         self._min_distance = stage.min_distance
         self._ask_again = stage.needles_per_question < 1
         self._chunk_size = stage.chunk_size
@@ -375,6 +377,8 @@ class _RowWriter:
 
     def write(self, ids: TokenIds, kind: int) -> None:
         """Append tokens."""
+        if len(ids) == 0:
+            return
         self._parts.append(ids)
         self._kinds.append(kind)
         self._length += len(ids)
@@ -392,6 +396,14 @@ class _RowWriter:
         text = (wanted - offset) % self._chunk_size
         if self._copied + text <= self._room:
             self.write_text(self._copied + text)
+
+    def write_decoy(self, decoy: TokenIds) -> None:
+        """Append a piece that is no needle, unless what stands before it makes it one."""
+        before = np.concatenate([decoy[:0], *self._parts[-_LONGEST_PART:]])[-_LONGEST_PART:]
+        joined = np.concatenate([before, decoy])
+        *apart, together = (name_uses(self._codec.decode(ids)).total() for ids in (before, decoy, joined))
+        if together == sum(apart):
+            self.write(decoy, _OTHER)
 
     def write_needle(self, needle: TokenIds, task: _Task) -> None:
         """Append a needle; after the last one of its task the task may be asked for."""

@@ -14,7 +14,10 @@ from drt.memory.tensor_page import TensorPage
 
 
 class HostStore(PagedStore):
-    """Pages of chunks in host memory, pinned where a GPU reads them.
+    """Pages of chunks in host memory; the buffers in which they travel to and from a GPU are pinned.
+
+    A selection is scattered over the pages, so the CPU gathers it into a buffer: pinning the pages too would copy no
+    less, and would take tens of gigabytes that the system cannot move.
 
     Landmarks stay on the device of what is appended: every query scans all of them. With a GPU, chunks travel on a
     stream of their own, so that neither the host nor the kernels of the pass wait for what is not needed yet.
@@ -52,14 +55,7 @@ class HostPage(TensorPage):
     def room(cls, fields: Fields, landmarks: Tensor, capacity: int, transfer: Transfer | None) -> HostPage:
         """Empty slots for chunks like those given, (B, N, ...)."""
         held = tuple(
-            torch.empty(
-                field.shape[0],
-                capacity,
-                *field.shape[2:],
-                dtype=field.dtype,
-                pin_memory=transfer is not None,
-            )
-            for field in fields
+            torch.empty(field.shape[0], capacity, *field.shape[2:], dtype=field.dtype) for field in fields
         )
         return cls(held, landmarks.new_zeros(landmarks.shape[0], capacity, landmarks.shape[2]), transfer)
 
