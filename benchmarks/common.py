@@ -21,8 +21,8 @@ from torch.autograd.profiler import profile
 
 from drt.data.needles import parse_length
 from drt.errors import DRTError
-from drt.eval.machine import processor_name
 from drt.eval.results import format_length
+from drt.machine import processor_name
 from drt.plotting.style import length_axis, line_style, tidy
 
 

@@ -17,7 +17,7 @@ import torch
 from common import Report, lengths, now, parser
 from torch import nn
 
-from drt.eval.machine import peak_rss_bytes
+from drt.machine import peak_rss_bytes
 from drt.models.drt import DRTCache, DRTForCausalLM
 from drt.models.loading import load_model, shipped_checkpoint
 

@@ -20,7 +20,7 @@ import torch
 from common import Report, lengths, now, parser
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from drt.eval.machine import peak_rss_bytes
+from drt.machine import peak_rss_bytes
 from drt.models.drt import DRTConfig, DRTForCausalLM
 from drt.models.loading import shipped_checkpoint
 

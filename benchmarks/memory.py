@@ -126,7 +126,7 @@ def run(*arguments: str) -> dict[str, Any]:
 
 def build(text: str, archive: str, checkpoint: str, dtype: str) -> dict[str, Any]:
     """Read a text into an archive."""
-    from drt.eval.machine import peak_rss_bytes
+    from drt.machine import peak_rss_bytes
     from drt.memory import ArchiveWriter
     from drt.models.drt.archive_drt import describe_archive, read_documents
     from drt.models.loading import load_model, shipped_checkpoint
@@ -151,7 +151,7 @@ def ask(archive: str, checkpoint: str, question: str, max_new_tokens: str) -> di
     import torch
 
     from drt.data.tokens import TextCodec
-    from drt.eval.machine import peak_rss_bytes
+    from drt.machine import peak_rss_bytes
     from drt.models.drt import DRTCache
     from drt.models.loading import load_model, shipped_checkpoint
 

@@ -31,8 +31,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from drt.data.needles import parse_length
 from drt.errors import DRTError
-from drt.eval.machine import clock, peak_rss_bytes, processor_name
 from drt.eval.results import format_length
+from drt.machine import clock, peak_rss_bytes, processor_name
 from drt.models.cost import MatrixProduct, prefill_products
 from drt.models.drt import DRTConfig, DRTForCausalLM
 from drt.models.loading import load_model, shipped_checkpoint

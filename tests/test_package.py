@@ -34,6 +34,13 @@ def test_types_ship() -> None:
     assert files("drt").joinpath("py.typed").is_file()
 
 
+def test_every_folder_of_code_is_a_package() -> None:
+    folders = {path.parent for path in Path(drt.__file__).parent.rglob("*.py")}
+    assert [
+        folder for folder in folders if not (folder / "__init__.py").is_file()
+    ] == []  # layers are checked of packages
+
+
 def required() -> list[str]:
     """What an installation for the tests needs, by name."""
     own = [Requirement(line) for line in requires("drt-lm") or ()]

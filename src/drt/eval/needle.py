@@ -11,8 +11,8 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from drt.data.needles import TASKS, Haystack, NeedleSample, is_correct, make_sample
 from drt.errors import DRTError
-from drt.eval.machine import clock, peak_rss_bytes
 from drt.eval.results import NeedleRecord
+from drt.machine import clock, peak_rss_bytes
 from drt.memory import DeviceStore
 from drt.memory.chunk_codec import DTYPES
 from drt.models.drt import DRTCache, DRTForCausalLM

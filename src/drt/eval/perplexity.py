@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drt.errors import DRTError
 from drt.eval.documents import ByteCounter, Document, TokenIds
-from drt.eval.machine import clock, peak_rss_bytes
 from drt.eval.results import PerplexityRecord
+from drt.machine import clock, peak_rss_bytes
 
 TASK = "perplexity"
 POSITIONS = tuple(2**n for n in range(8, 25))  # ends of the buckets that a record keeps: 256, 512, ..., 16M

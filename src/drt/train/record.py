@@ -7,11 +7,11 @@ import os
 import platform
 import shlex
 from importlib import metadata
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from drt.machine import processor_name
 from drt.train.config import RunConfig, config_to_dict
 
 RECORD_FILE = "training.json"
@@ -46,7 +46,7 @@ def training_record(
         },
         "machine": {
             "platform": platform.platform(),
-            "processor": _processor(),
+            "processor": processor_name(),
             "cpu_count": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
@@ -62,13 +62,3 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    """Name of the CPU model where the system tells it."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

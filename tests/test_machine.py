@@ -17,7 +17,7 @@ MEGABYTE = 10**6
 
 def test_peak_memory_grows_with_what_is_held_and_stays() -> None:
     code = (
-        "from drt.eval.machine import peak_rss_bytes\n"
+        "from drt.machine import peak_rss_bytes\n"
         "before = peak_rss_bytes()\n"
         "held = b'x' * 200_000_000\n"
         "during = peak_rss_bytes()\n"

@@ -1,0 +1,1 @@
+"""Training: a run from one YAML file, on the Hugging Face Trainer."""
