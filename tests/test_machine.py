@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from drt.eval import machine
+from drt import machine
 
 MEGABYTE = 10**6
 
