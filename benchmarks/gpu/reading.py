@@ -29,12 +29,18 @@ DECODED = 126  # two chunks
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--store", choices=sorted(STORES), default="device")
-    options.add_argument("--lengths", default="16K,64K,256K,1M,4M,16M", help="tokens, the shortest first")
+    options.add_argument(
+        "--lengths", default="16K,64K,256K,1M,4M,16M", help="tokens, from 16K up, the shortest first"
+    )
     arguments = options.parse_args()
     report = Report(f"reading-{arguments.store}", arguments)
     device = report.device
     lengths = [300, 900] if arguments.tiny else [parse_length(n) for n in arguments.lengths.split(",")]
     segment = 256 if arguments.tiny else SEGMENT
+    if lengths != sorted(lengths) or lengths[0] < segment:
+        options.error(
+            f"--lengths: wanted lengths from {segment} up, the shortest first, got {arguments.lengths}"
+        )
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4} if arguments.tiny else {}
     config = DRTConfig(vocab_size=50257, num_groups=2, **sizes)
     torch.manual_seed(0)

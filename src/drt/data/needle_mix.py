@@ -37,7 +37,7 @@ _STREAM = zlib.crc32(b"needle mix")  # keeps the batches apart from evaluation s
 _FILL = 0.7  # largest share of a row that is not text
 _SPARSEST = 1 / 16  # questions of the sparsest rows, as a share of a dense row's
 _ATTEMPTS = 20
-_LONGEST_PART = 3  # characters that a decoy may make a needle's or a question's beginning of, such as `|ab`
+_BEFORE = 3  # tokens before a decoy that it may complete: `|ab`, where `=` makes a needle begin
 
 _TEXT, _OTHER, _ANSWER, _CHAIN_ANSWER = range(4)  # what a token belongs to
 
@@ -398,8 +398,8 @@ class _RowWriter:
             self.write_text(self._copied + text)
 
     def write_decoy(self, decoy: TokenIds) -> None:
-        """Append a piece that is no needle, unless what stands before it makes it one."""
-        before = np.concatenate([decoy[:0], *self._parts[-_LONGEST_PART:]])[-_LONGEST_PART:]
+        """Append a piece that is no needle, unless what stands before it makes it one. (What follows may: rarely.)"""
+        before = np.concatenate([decoy[:0], *self._parts[-_BEFORE:]])[-_BEFORE:]
         joined = np.concatenate([before, decoy])
         *apart, together = (name_uses(self._codec.decode(ids)).total() for ids in (before, decoy, joined))
         if together == sum(apart):

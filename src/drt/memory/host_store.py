@@ -16,8 +16,8 @@ from drt.memory.tensor_page import TensorPage
 class HostStore(PagedStore):
     """Pages of chunks in host memory; the buffers in which they travel to and from a GPU are pinned.
 
-    A selection is scattered over the pages, so the CPU gathers it into a buffer: pinning the pages too would copy no
-    less, and would take tens of gigabytes that the system cannot move.
+    A selection is scattered over the pages: the CPU gathers it, and what it has gathered is pinned to travel. Pinned
+    pages would save no copy, and would hold tens of gigabytes that the system cannot move.
 
     Landmarks stay on the device of what is appended: every query scans all of them. With a GPU, chunks travel on a
     stream of their own, so that neither the host nor the kernels of the pass wait for what is not needed yet.
