@@ -324,6 +324,16 @@ def test_without_validation_the_last_step_is_exported(run: Run, make_config: Mak
     assert json.loads((final / "training.json").read_text())["exported_step"] == 3
 
 
+def test_bfloat16_trains_where_there_is_no_gpu(run: Run, make_config: MakeConfig) -> None:
+    run(make_config("a", max_steps=2, device="auto", eval_every=0))
+    exact = dict(run.losses)
+    final = run(make_config("b", max_steps=2, device="auto", eval_every=0, dtype="bfloat16"))
+    for step, loss in exact.items():
+        assert run.losses[step] != loss
+        assert run.losses[step] == pytest.approx(loss, rel=0.02)
+    assert AutoModelForCausalLM.from_pretrained(final).dtype == torch.float32
+
+
 def test_the_window_alone_can_be_trained(run: Run, make_config: MakeConfig) -> None:
     config = make_config(max_steps=2)
     run(make_config(max_steps=2, model={**config.model, "retrieval": False}))

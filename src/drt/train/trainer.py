@@ -352,7 +352,8 @@ def training_arguments(config: RunConfig, validate: bool, **settings: Any) -> Tr
         max_grad_norm=optimizer.clip,
         optim="adamw_torch_fused",
         bf16=config.dtype == "bfloat16",
-        use_cpu=config.device == "cpu",
+        use_cpu=config.device == "cpu"
+        or not torch.accelerator.is_available(),  # `auto` too: bf16 wants it said
         torch_compile=config.compile,
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,  # it would wait for the device at every step, and hide a broken loss
