@@ -341,6 +341,9 @@ def lr_factor(config: OptimizerConfig, max_steps: int) -> Callable[[int], float]
 def training_arguments(config: RunConfig, validate: bool, **settings: Any) -> TrainingArguments:
     """The Trainer's own settings for a run; `settings` are the task's own."""
     optimizer = config.optimizer
+    on_cpu = (
+        config.device == "cpu" or not torch.accelerator.is_available()
+    )  # bf16 is refused unless it is said
     args = TrainingArguments(
         output_dir=config.output_dir,
         max_steps=config.max_steps,
@@ -352,8 +355,7 @@ def training_arguments(config: RunConfig, validate: bool, **settings: Any) -> Tr
         max_grad_norm=optimizer.clip,
         optim="adamw_torch_fused",
         bf16=config.dtype == "bfloat16",
-        use_cpu=config.device == "cpu"
-        or not torch.accelerator.is_available(),  # `auto` too: bf16 wants it said
+        use_cpu=on_cpu,
         torch_compile=config.compile,
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,  # it would wait for the device at every step, and hide a broken loss
