@@ -22,7 +22,7 @@ from torch.autograd.profiler import profile
 from drt.data.needles import parse_length
 from drt.errors import DRTError
 from drt.eval.results import format_length
-from drt.machine import processor_name
+from drt.machine import keep_freed_memory, processor_name
 from drt.plotting.style import length_axis, line_style, tidy
 
 
@@ -51,6 +51,7 @@ class Report:
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
+        keep_freed_memory()  # as `drt` does
         self.name, self.options = name, options
         self.records: list[dict[str, Any]] = []
         self.console = Console()

@@ -20,7 +20,7 @@ import torch
 from common import Report, lengths, now, parser
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from drt.machine import peak_rss_bytes
+from drt.machine import keep_freed_memory, peak_rss_bytes
 from drt.models.drt import DRTConfig, DRTForCausalLM
 from drt.models.loading import shipped_checkpoint
 
@@ -51,6 +51,7 @@ def make(name: str) -> PreTrainedModel:
 def read(name: str, length: int, segment_size: int, threads: int) -> dict[str, Any]:
     """Read that many tokens; keeps the cache."""
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as `drt` does, for either model
     model, cache = make(name), None
     ids = torch.randint(3, model.config.vocab_size, (1, length))
     model(ids[:, : min(length, 1024)], use_cache=True, logits_to_keep=1)  # warms up

@@ -126,11 +126,12 @@ def run(*arguments: str) -> dict[str, Any]:
 
 def build(text: str, archive: str, checkpoint: str, dtype: str) -> dict[str, Any]:
     """Read a text into an archive."""
-    from drt.machine import peak_rss_bytes
+    from drt.machine import keep_freed_memory, peak_rss_bytes
     from drt.memory import ArchiveWriter
     from drt.models.drt.archive_drt import describe_archive, read_documents
     from drt.models.loading import load_model, shipped_checkpoint
 
+    keep_freed_memory()  # as `drt memory build` does
     model, tokenizer = load_model(checkpoint or shipped_checkpoint())
     description = describe_archive(model, tokenizer, model_name="benchmark", dtype=dtype)  # type: ignore[arg-type]
     start = time.perf_counter()

@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from drt.data.needles import parse_length
 from drt.errors import DRTError
 from drt.eval.results import format_length
-from drt.machine import clock, peak_rss_bytes, processor_name
+from drt.machine import clock, keep_freed_memory, peak_rss_bytes, processor_name
 from drt.models.cost import MatrixProduct, prefill_products
 from drt.models.drt import DRTConfig, DRTForCausalLM
 from drt.models.loading import load_model, shipped_checkpoint
@@ -113,6 +113,7 @@ def parse_arguments() -> argparse.Namespace:
 def prepare(options: Options) -> DRTForCausalLM:
     """Set up this process and load the model."""
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as `drt` does
     model, _ = load_model(options.checkpoint or shipped_checkpoint(), dtype=DTYPES[options.dtype])
     if not isinstance(model, DRTForCausalLM):
         raise DRTError(f"{options.checkpoint}: wanted a DRT model, got {type(model).__name__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 import time
@@ -49,3 +50,33 @@ def test_the_processor_has_a_name() -> None:
     name = machine.processor_name()
     assert name
     assert "\n" not in name
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_freed_memory_is_kept_for_the_next_tensor() -> None:
+    code = (
+        "import resource, torch\n"
+        "from drt.machine import keep_freed_memory\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(20):\n"
+        "        held = [torch.ones(5_000_000) for _ in range(4)]\n"
+        "        del held\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults()\n"
+        "first = faults()\n"
+        "assert keep_freed_memory()\n"
+        "faults()\n"
+        "print(first, faults())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    before, after = map(int, done.stdout.split())
+    assert before > 10_000
+    assert after < before / 20
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.platform, "libc_ver", lambda: ("", ""))
+    assert not machine.keep_freed_memory()

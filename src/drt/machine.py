@@ -1,7 +1,8 @@
-"""What a process costs: its peak memory, and a clock that waits for the device."""
+"""What a process costs, a clock that waits for the device, and memory that need not be paged in twice."""
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import re
 import resource
@@ -10,6 +11,9 @@ import time
 from pathlib import Path
 
 import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+LARGEST_KEPT = 1 << 25  # glibc takes no larger M_MMAP_THRESHOLD
 
 
 def peak_rss_bytes() -> int:
@@ -39,3 +43,22 @@ def processor_name() -> str:
         if found:
             return found[1]
     return platform.processor() or platform.machine()
+
+
+def keep_freed_memory(most: int = 1 << 27) -> bool:
+    """Have the C library keep memory that tensors free, for those that come next.
+
+    By default glibc gives large blocks back to the system as soon as they are free, so every layer's results are paged
+    in and zeroed anew: when a text is read on a CPU that is a fifth of the time. It holds for the whole process, so
+    programs call it, not libraries.
+
+    Args:
+        most: bytes of free memory to keep at the end of the heap.
+
+    Returns:
+        Whether the C library could be told: only glibc can.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(M_TRIM_THRESHOLD, most))
