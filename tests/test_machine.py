@@ -56,12 +56,13 @@ def test_the_processor_has_a_name() -> None:
 @pytest.mark.parametrize("kept", [False, True])
 def test_freed_memory_is_kept_when_wanted(kept: bool) -> None:
     code = (
+        "import resource\n"
         "from pathlib import Path\n"
         "import torch\n"
         "from drt.machine import keep_freed_memory\n"
         f"assert not {kept} or keep_freed_memory()\n"
         "def resident():\n"
-        "    return int(Path('/proc/self/statm').read_text().split()[1]) * 4096\n"
+        "    return int(Path('/proc/self/statm').read_text().split()[1]) * resource.getpagesize()\n"
         "tensor = torch.ones(6_000_000)\n"
         "held = resident()\n"
         "del tensor\n"

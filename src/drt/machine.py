@@ -9,8 +9,10 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_KEPT = 1 << 25  # glibc takes no larger M_MMAP_THRESHOLD
@@ -31,6 +33,8 @@ def peak_rss_bytes() -> int:
 def clock(device: torch.device) -> float:
     """Seconds on a monotonic clock, read once the device has done all work given to it."""
     if device.type == "cuda":
+        import torch
+
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
@@ -48,9 +52,9 @@ def processor_name() -> str:
 def keep_freed_memory(most: int = 1 << 27) -> bool:
     """Have the C library keep memory that tensors free, for those that come next.
 
-    By default glibc gives large blocks back to the system as soon as they are free, so every layer's results are paged
-    in and zeroed anew: when a text is read on a CPU that is a fifth of the time. It holds for the whole process, so
-    programs call it, not libraries.
+    By default glibc gives much of it back to the system at once, so a layer's results are paged in and zeroed again and
+    again: when a text is read on a CPU that was a quarter of the time. Blocks of more than 32 MB still go back. The
+    choice is one for the whole process, so programs make it, not libraries.
 
     Args:
         most: bytes of free memory to keep at the end of the heap.

@@ -19,6 +19,7 @@ from typer.main import get_command
 
 import drt
 from drt.errors import DRTError
+from drt.machine import keep_freed_memory
 
 COMMANDS = {
     "needle": "Find needles in texts of any length.",
@@ -113,6 +114,7 @@ def root(
 
 def main() -> None:
     """Entry point of the `drt` script."""
+    keep_freed_memory()
     try:
         try:
             app(prog_name="drt")

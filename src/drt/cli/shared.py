@@ -79,10 +79,8 @@ def load_checkpoint(checkpoint: Path | None, device: str, dtype: str | None = No
     Raises:
         DRTError: the device or the dtype is unknown, or the folder holds no model that can be loaded.
     """
-    from drt.machine import keep_freed_memory
     from drt.models.loading import load_model, shipped_checkpoint
 
-    keep_freed_memory()
     target = choose_device(device)
     folder = shipped_checkpoint() if checkpoint is None else checkpoint
     model, tokenizer = load_model(folder, choose_dtype(dtype))
