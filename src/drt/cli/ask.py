@@ -62,7 +62,8 @@ def ask(
 
     What is asked is continued word for word, greedily, as the text that comes next after all documents. The model that
     ships with drt finds needles and does not chat: where a document says `|qx=48213|`, it continues `|qx?` with
-    `48213`.
+    `48213`. It sees the 64 bytes before a question: if the documents end in something unusual, put a line of ordinary
+    text before it.
 
     Several questions are answered in one batch, and shown with their answers after a tab, a line each.
 
