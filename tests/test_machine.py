@@ -16,6 +16,14 @@ from drt import machine
 MEGABYTE = 10**6
 
 
+def printed_by(code: str) -> list[int]:
+    """The numbers that a process of its own prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    return [int(word) for word in done.stdout.split()]
+
+
 def test_peak_memory_grows_with_what_is_held_and_stays() -> None:
     code = (
         "from drt.machine import peak_rss_bytes\n"
@@ -25,10 +33,7 @@ def test_peak_memory_grows_with_what_is_held_and_stays() -> None:
         "del held\n"
         "print(before, during, peak_rss_bytes())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
-    before, during, after = map(int, done.stdout.split())
+    before, during, after = printed_by(code)
     assert 180 * MEGABYTE < during - before < 260 * MEGABYTE
     assert abs(after - during) < 20 * MEGABYTE  # the kernel counts pages a little late
 
@@ -68,10 +73,7 @@ def test_freed_memory_is_kept_when_wanted(kept: bool) -> None:
         "del tensor\n"
         "print(held - resident())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
-    given_back = int(done.stdout)
+    (given_back,) = printed_by(code)
     assert given_back < MEGABYTE if kept else given_back > 20 * MEGABYTE
 
 

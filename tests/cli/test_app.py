@@ -139,3 +139,12 @@ def test_a_reader_that_leaves_ends_the_command_quietly(flush: bool) -> None:
     complaint = process.stderr.read()
     process.stderr.close()
     assert (process.wait(timeout=60), complaint) == (1, b"")
+
+
+def test_every_command_keeps_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: told.append(True))
+    monkeypatch.setattr(sys, "argv", ["drt", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert told == [True]

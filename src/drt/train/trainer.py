@@ -341,9 +341,8 @@ def lr_factor(config: OptimizerConfig, max_steps: int) -> Callable[[int], float]
 def training_arguments(config: RunConfig, validate: bool, **settings: Any) -> TrainingArguments:
     """The Trainer's own settings for a run; `settings` are the task's own."""
     optimizer = config.optimizer
-    on_cpu = (
-        config.device == "cpu" or not torch.accelerator.is_available()
-    )  # bf16 is refused unless it is said
+    # Said even where there is nothing else: the Trainer refuses bf16 otherwise.
+    on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
     args = TrainingArguments(
         output_dir=config.output_dir,
         max_steps=config.max_steps,
