@@ -1,0 +1,177 @@
+"""Files on disk: regular files only, written whole or not at all, one writer at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from drt.errors import DRTError
+
+# What an operating system answers where a file system has no locks.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+def open_regular(path: Path | str, flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
+    """Open a regular file and return its descriptor; a symbolic link, device, pipe or folder is refused.
+
+    Args:
+        path: of the file. Folders on the way to it may be links, the file itself may not.
+        flags: as for `os.open`.
+        mode: permissions of a file that is made.
+
+    Raises:
+        DRTError: the file cannot be opened or is not a regular file; the message names it.
+    """
+    try:
+        # O_NONBLOCK: opening a pipe would otherwise wait for its other end.
+        descriptor = os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise DRTError(f"{path}: expected a regular file, got a symbolic link") from error
+        if error.errno == errno.ENXIO:
+            raise DRTError(f"{path}: expected a regular file, got {describe_kind(path)}") from error
+        raise DRTError(f"{path}: cannot be opened: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DRTError(f"{path}: expected a regular file, got {describe_kind(path)}")
+    if flags & os.O_TRUNC:  # only now: truncating a device or the target of a link would be too late to refuse
+        os.ftruncate(descriptor, 0)
+    return descriptor
+
+
+def check_output(path: Path) -> None:
+    """Make sure that a file could be written at ``path``: nothing is there, or a regular file.
+
+    Raises:
+        DRTError: a symbolic link, device, pipe or folder is there; the message says which.
+    """
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise DRTError(f"{path}: cannot be written: {error.strerror}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise DRTError(f"{path}: expected a regular file or a new name, got {describe_kind(path)}")
+
+
+@contextmanager
+def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
+    """Open a file for writing that takes the place of ``path`` when the block ends, whole or not at all.
+
+    The bytes go to a temporary file with a name of its own in the same folder. It is synced, renamed, and the folder is
+    synced. If the block raises, ``path`` stays as it was and the temporary file is removed.
+
+    Raises:
+        DRTError: ``path`` is a symbolic link, device, pipe or folder, or writing fails; the message names ``path``.
+    """
+    path = Path(path)
+    check_output(path)
+    temporary: str | None = None
+    try:
+        # 0o600 of mkstemp is for secrets: the file gets what a new file or the one that it replaces has.
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), _permissions(path))
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        temporary = None
+        sync_folder(path.parent)
+    except OSError as error:
+        raise DRTError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all; errors as `atomic_write`."""
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder outlive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock_file(path: Path, busy: str) -> int:
+    """Lock a file for one writer, until the descriptor that is returned is closed or the process ends.
+
+    Args:
+        path: of the lock file; it is made if it is not there.
+        busy: message of the error when another process holds the lock.
+
+    Raises:
+        DRTError: another process holds the lock; the file system has no locks; the file cannot be opened.
+    """
+    descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in _NO_LOCKS:
+            raise DRTError(
+                f"{path}: this file system does not support locks ({error.strerror}); use a folder on a local disk"
+            ) from error
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise DRTError(busy) from error
+        raise DRTError(f"{path}: cannot be locked: {error.strerror}") from error
+    return descriptor
+
+
+def read_json(path: Path | str, max_bytes: int = 2**26) -> Any:
+    """Read a JSON file that may come from a stranger.
+
+    Raises:
+        DRTError: not a regular file, larger than ``max_bytes``, not UTF-8, not JSON, or nested too deeply.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise DRTError(f"{path}: expected at most {max_bytes:,} bytes of JSON, got more")
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise DRTError(f"{path}: expected a JSON file: {reason}") from error
+
+
+def describe_kind(path: Path | str) -> str:
+    """What lies at a path, in words, without following a link."""
+    try:
+        found = os.lstat(path).st_mode
+    except OSError:
+        return "nothing"
+    kinds = (
+        (stat.S_ISLNK, "a symbolic link"),
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+    )
+    return next((name for is_kind, name in kinds if is_kind(found)), "a regular file")
+
+
+def _permissions(path: Path) -> int:
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except OSError:
+        mask = os.umask(0)
+        os.umask(mask)
+        return 0o666 & ~mask

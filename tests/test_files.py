@@ -1,0 +1,86 @@
+"""Writing and reading files: regular ones only, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from drt.errors import DRTError
+from drt.files import atomic_write, check_output, lock_file, open_regular, read_json, write_text
+
+
+def test_a_file_is_replaced_whole_and_keeps_its_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "out.txt"
+    path.write_text("old")
+    path.chmod(0o640)
+    write_text(path, "néw")
+    assert path.read_text(encoding="utf-8") == "néw"
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert [file.name for file in tmp_path.iterdir()] == ["out.txt"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "out.txt"
+    path.write_text("old")
+    with pytest.raises(KeyError), atomic_write(path) as file:
+        file.write(b"half")
+        raise KeyError
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["out.txt"]
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "folder", "device"])
+def test_what_is_no_regular_file_is_refused_and_left_alone(tmp_path: Path, kind: str) -> None:
+    target, path = tmp_path / "target", tmp_path / "out"
+    target.write_text("kept")
+    if kind == "link":
+        path.symlink_to(target)
+    elif kind == "dangling link":
+        path.symlink_to(tmp_path / "nowhere")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path = Path("/dev/full")
+    for refused in (lambda: write_text(path, "x"), lambda: check_output(path)):
+        with pytest.raises(DRTError, match=path.name):
+            refused()
+    with pytest.raises(DRTError, match=path.name):
+        open_regular(path, os.O_WRONLY | os.O_TRUNC if kind != "folder" else os.O_RDONLY)
+    assert target.read_text() == "kept"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(DRTError, match="none/out"):
+        write_text(tmp_path / "none" / "out", "x")
+
+
+def test_a_lock_is_held_once(tmp_path: Path) -> None:
+    first = lock_file(tmp_path / "lock", "busy here")
+    with pytest.raises(DRTError, match="busy here"):
+        lock_file(tmp_path / "lock", "busy here")
+    os.close(first)
+    os.close(lock_file(tmp_path / "lock", "busy here"))
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(DRTError, match="does not support locks"):
+        lock_file(tmp_path / "lock", "busy here")
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"{", b"\xff\xfe", b'"' + b"x" * 200 + b'"'])
+def test_hostile_json_is_an_error_that_names_the_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "some.json"
+    path.write_bytes(content)
+    with pytest.raises(DRTError, match=r"some\.json"):
+        read_json(path, max_bytes=150_000 if content.startswith(b"[") else 100)
