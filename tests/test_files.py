@@ -26,9 +26,14 @@ def test_a_file_is_replaced_whole_and_keeps_its_permissions(tmp_path: Path) -> N
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "out.txt"
     path.write_text("old")
-    with pytest.raises(KeyError), atomic_write(path) as file:
-        file.write(b"half")
-        raise KeyError
+
+    def fail_half_way() -> None:
+        with atomic_write(path) as file:
+            file.write(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_half_way()
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["out.txt"]
 

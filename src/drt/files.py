@@ -42,7 +42,9 @@ def open_regular(path: Path | str, flags: int = os.O_RDONLY, mode: int = 0o666) 
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise DRTError(f"{path}: expected a regular file, got {describe_kind(path)}")
-    if flags & os.O_TRUNC:  # only now: truncating a device or the target of a link would be too late to refuse
+    if (
+        flags & os.O_TRUNC
+    ):  # only now: truncating a device or the target of a link would be too late to refuse
         os.ftruncate(descriptor, 0)
     return descriptor
 
