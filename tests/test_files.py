@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from drt.errors import DRTError
-from drt.files import atomic_write, check_output, lock_file, open_regular, read_json, write_text
+from drt.files import atomic_write, check_output, fill_folder, lock_file, open_regular, read_json, write_text
 
 
 def test_a_file_is_replaced_whole_and_keeps_its_permissions(tmp_path: Path) -> None:
@@ -89,3 +89,38 @@ def test_hostile_json_is_an_error_that_names_the_file(tmp_path: Path, content: b
     path.write_bytes(content)
     with pytest.raises(DRTError, match=r"some\.json"):
         read_json(path, max_bytes=150_000 if content.startswith(b"[") else 100)
+
+
+def test_a_folder_is_filled_and_keeps_other_files(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    folder.mkdir(parents=True)
+    (folder / "other").write_text("kept")
+    (folder / "a").write_text("old")
+    with fill_folder(folder) as temporary:
+        (temporary / "a").write_text("new")
+        (temporary / "below").mkdir()
+        (temporary / "below" / "b").write_text("new")
+        assert (folder / "a").read_text() == "old"
+    found = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert found == {"a": "new", "below/b": "new", "other": "kept"}
+    assert {path.name for path in folder.iterdir()} == {"a", "below", "other"}
+
+
+def test_a_folder_that_cannot_be_filled_stays_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "b").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+
+    def fill(mistake: Exception | None) -> None:
+        with fill_folder(tmp_path) as temporary:
+            (temporary / "a").write_text("new")
+            (temporary / "b").write_text("new")
+            if mistake is not None:
+                raise mistake
+
+    with pytest.raises(DRTError, match="b: expected a regular file"):
+        fill(None)
+    with pytest.raises(KeyError):
+        fill(KeyError())
+    assert {path.name for path in tmp_path.iterdir()} == {"b", "file"}
+    with pytest.raises(DRTError, match="file: cannot be written"), fill_folder(tmp_path / "file"):
+        pytest.fail("a file is no folder")

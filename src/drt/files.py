@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -102,13 +103,42 @@ def write_text(path: Path | str, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
+@contextmanager
+def fill_folder(folder: Path | str) -> Iterator[Path]:
+    """Make a temporary folder whose files move into ``folder`` when the block ends: for libraries that write by name.
+
+    Files of the same names are replaced, others stay. If the block raises, ``folder`` stays as it was.
+
+    Args:
+        folder: made if it is missing.
+
+    Raises:
+        DRTError: ``folder`` cannot be made or written, or a name in it is a link, device, pipe or folder.
+    """
+    folder = Path(folder)
+    temporary: Path | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=folder))
+        yield temporary
+        names = [path.relative_to(temporary) for path in sorted(temporary.rglob("*")) if path.is_file()]
+        for name in names:
+            check_output(folder / name)
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            _sync(temporary / name)
+            os.replace(temporary / name, folder / name)
+        sync_folder(folder)
+    except OSError as error:
+        raise DRTError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder outlive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _sync(folder, os.O_DIRECTORY)
 
 
 def lock_file(path: Path, busy: str) -> int:
@@ -168,6 +198,14 @@ def describe_kind(path: Path | str) -> str:
         (stat.S_ISBLK, "a device"),
     )
     return next((name for is_kind, name in kinds if is_kind(found)), "a regular file")
+
+
+def _sync(path: Path, flags: int = 0) -> None:
+    descriptor = os.open(path, os.O_RDONLY | flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _permissions(path: Path) -> int:

@@ -113,7 +113,7 @@ def test_the_trace_and_the_page_show_the_passages(ask: Run, book: Path) -> None:
         (["m", "who?", ""], "a question is empty"),
         (["m", "ab\udcff"], r"the question 'ab\udcff' is not UTF-8 text"),
         (["nowhere", "who?"], "nowhere is not an archive: it has no manifest.json"),
-        (["m", "who?", "--html", "m"], "--html m: cannot be written: Is a directory"),
+        (["m", "who?", "--html", "m"], "--html m: expected a regular file or a new name, got a folder"),
         (
             ["m", "who?", "--trace", "x", "--html", "x"],
             "--html x: wanted a file of its own, got that of --trace",

@@ -185,3 +185,14 @@ def test_an_output_that_cannot_be_written_is_named(refuses: Run, files: Path, tm
     blocked.touch()
     for output in (blocked, blocked / "below"):
         assert str(blocked) in refuses("convert", files, "--config", files / "config.json", "-o", output)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_the_converted_model_follows_no_link(refuses: Run, files: Path, tmp_path: Path, name: str) -> None:
+    output, target = tmp_path / "converted", tmp_path / "target"
+    output.mkdir()
+    target.write_text("kept")
+    (output / name).symlink_to(target)
+    assert name in refuses("convert", files, "--config", files / "config.json", "-o", output)
+    assert target.read_text() == "kept"
+    assert [path.name for path in output.iterdir()] == [name]

@@ -129,7 +129,7 @@ def test_mistakes_are_one_line(
     model = ("eval", "perplexity", "--checkpoint", checkpoint, "--data", text)
     assert "wanted a length such as" in refuses(*model, "--lengths", "1Q")
     assert "at least 1048576 tokens, got none" in refuses(*model, "--shortest", "1M")
-    assert "cannot be written" in refuses(*model, "--json", tmp_path)
+    assert f"--json {tmp_path}: expected a regular file" in refuses(*model, "--json", tmp_path)
     assert "wanted a file of its own, got that of what is read" in refuses(*model, "--json", text)
     answers = ("eval", "summarization", "--checkpoint", checkpoint, "--data", text, "--json", text)
     assert "wanted a file of its own, got that of what is read" in refuses(*answers)

@@ -257,7 +257,7 @@ def test_outputs_are_checked_before_anything_is_read(
     assert f"--json {blocked / 'out.jsonl'}: cannot be written" in refused("--json", blocked / "out.jsonl")
     assert f"--plot {blocked / 'out.png'}: cannot be written" in refused("--plot", blocked / "out.png")
     (tmp_path / "folder.png").mkdir()
-    assert "cannot be written: Is a directory" in refused("--plot", tmp_path / "folder.png")
+    assert "got a folder" in refused("--plot", tmp_path / "folder.png")
     same = ("--json", "out/../a.png", "--plot", tmp_path / "here" / "a.png")
     assert refused(*same) == f"--plot {same[-1]}: wanted a file of its own, got that of --json"
     assert not Path("a.png").exists()

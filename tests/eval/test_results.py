@@ -238,7 +238,7 @@ def test_a_file_that_cannot_be_read_or_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(DRTError, match=re.escape(f"{path}: cannot be read as records")):
         read_records(path, NeedleRecord)
     for append in (False, True):
-        with pytest.raises(DRTError, match="below: cannot be written"):
+        with pytest.raises(DRTError, match="below: cannot be opened"):
             RecordWriter(path / "below", append)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from drt.errors import DRTError
+from drt.files import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,7 +99,7 @@ def ask(
                 for record in answer.records:
                     writer.write(record)
     if html is not None:
-        write_whole(html, retrieval_page(answers, about))
+        write_text(html, retrieval_page(answers, about))
 
 
 def check_questions(questions: Sequence[str]) -> None:
@@ -126,13 +126,3 @@ def show_answers(answers: Sequence[Answer], json: bool) -> None:
             typer.echo(dumps({"question": answer.question, "answer": answer.text}))
         else:
             typer.echo(answer.text if len(answers) == 1 else f"{answer.question}\t{answer.text}")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file, or leave it as it was."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from drt.cli.shared import check_outputs, load_checkpoint, reading_progress
 from drt.errors import DRTError, Interrupted
+from drt.files import atomic_write
 
 if TYPE_CHECKING:
     from drt.eval.needle import NeedlePlan, SampleKey
@@ -157,7 +158,8 @@ def needle(
             on_progress=watch.read,
         )
         records += write_all(answers, json, resume, watch)
-    plot_needles(records).savefig(plot, dpi=150)
+    with atomic_write(plot) as file:
+        plot_needles(records).savefig(file, format=plot.suffix.removeprefix("."), dpi=150)
     console = Console()
     console.print(results_table(records))
     console.print(f"records: {json}, picture: {plot}", highlight=False)

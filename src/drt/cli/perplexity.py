@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -14,6 +13,7 @@ from rich.console import Console
 
 from drt.cli.shared import check_outputs, choose_device, choose_dtype, reading_progress, write_records
 from drt.errors import DRTError, Interrupted
+from drt.files import atomic_write
 
 if TYPE_CHECKING:
     from drt.eval.results import EvaluationRecord
@@ -258,16 +258,11 @@ def _data_name(settings: _Settings) -> str:
 
 def _write_whole(path: Path, records: Iterable[EvaluationRecord]) -> None:
     """Write a model's records; the file is there whole or not at all."""
-    from drt.eval.results import RecordWriter
+    from drt.eval.results import to_line
 
-    temporary = path.with_suffix(".tmp")
-    try:
-        with RecordWriter(temporary) as writer:
-            for record in records:
-                writer.write(record)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        for record in records:
+            file.write(to_line(record).encode() + b"\n")
 
 
 def show(records: Sequence[EvaluationRecord], settings: _Settings, reference: str | None) -> None:

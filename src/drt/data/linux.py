@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from drt.data.corpus_writer import write_atomically
 from drt.errors import DRTError
+from drt.files import write_text
 
 PACKAGE = "linux-source-6.1"
 SOURCE = "linux"
@@ -57,7 +57,7 @@ def fetch_linux(output: Path, on_file: Callable[[str], None] = lambda _: None) -
         "files": files,
         "bytes": size,
     }
-    write_atomically(output / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
+    write_text(output / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 

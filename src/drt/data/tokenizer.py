@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from drt.errors import DRTError
+from drt.files import fill_folder
 
 BYTES = "bytes"
 # Ids as the model's configuration has them by default (and as bytes have them): padding 0, end of a document 1.
@@ -111,6 +112,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer's files into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
+    """Write a tokenizer's files into a folder; errors as `fill_folder`."""
+    with fill_folder(folder) as temporary:
+        tokenizer.save_pretrained(temporary)

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from drt.errors import DRTError
+from drt.files import open_regular
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,17 +294,25 @@ class RecordWriter:
     """
 
     def __init__(self, path: Path | str, append: bool = False) -> None:
-        try:
-            if append and Path(path).exists():
-                os.truncate(path, Path(path).read_bytes().rfind(b"\n") + 1)
-            self._file = Path(path).open("ab" if append else "wb")  # noqa: SIM115 (closed by __exit__)
-        except OSError as error:
-            raise DRTError(f"{path}: cannot be written: {error}") from error
+        self._path = path
+        descriptor = open_regular(path, os.O_RDWR | os.O_CREAT | (0 if append else os.O_TRUNC))
+        self._file = os.fdopen(
+            descriptor, "r+b", buffering=0
+        )  # what a full disk refuses must not be left to close()
+        self._file.seek(self._file.truncate(self._file.readall().rfind(b"\n") + 1))
 
     def write(self, record: EvaluationRecord) -> None:
-        """Add one line."""
-        self._file.write(to_line(record).encode() + b"\n")
-        self._file.flush()
+        """Add one line.
+
+        Raises:
+            DRTError: it cannot be written.
+        """
+        line = to_line(record).encode() + b"\n"
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise DRTError(f"{self._path}: cannot be written: {error.strerror}") from error
 
     def __enter__(self) -> RecordWriter:
         return self

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from drt.data.corpus_writer import write_atomically
 from drt.errors import DRTError
 from drt.eval.results import TrainingRecord
+from drt.files import write_text
 
 FINAL_FOLDER = "final"
 RECORD_FILE = "training.json"
@@ -52,7 +52,7 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            write_atomically(path, json.dumps(settings, indent=2).encode() + b"\n")
+            write_text(path, json.dumps(settings, indent=2) + "\n")
         found = _read_object(path)
     except (OSError, ValueError, TypeError) as error:
         raise DRTError(f"{path}: cannot be written and read: {error}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -22,6 +21,7 @@ from drt.eval.results import (
     PerplexityRecord,
     TrainingRecord,
 )
+from drt.files import atomic_write
 from drt.plotting.cost import plot_cost
 from drt.plotting.needle import plot_needles
 from drt.plotting.perplexity import plot_loss_by_position
@@ -122,11 +122,10 @@ def write_page(blocks: Sequence[Block], folder: Path | str) -> tuple[Path, Path]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            temporary = folder / f"{name}.tmp"
-            temporary.write_bytes(content)
-            os.replace(temporary, folder / name)
+            with atomic_write(folder / name) as file:
+                file.write(content)
     except OSError as error:
-        raise DRTError(f"{folder}: the report cannot be written: {error}") from error
+        raise DRTError(f"{folder}: the report cannot be written: {error.strerror}") from error
     return folder / MARKDOWN, folder / HTML
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from drt.errors import DRTError
+from drt.files import fill_folder
 from drt.models.drt.configuration_drt import DRTConfig
 from drt.models.drt.modeling_drt import DRTForCausalLM
 
@@ -155,7 +156,8 @@ def convert_authors_checkpoint(
         The converted model.
 
     Raises:
-        DRTError: a file that is missing or not readable, or parameters that do not fit the configuration.
+        DRTError: a file that is missing or not readable, parameters that do not fit the configuration, or an output
+            that cannot be written or is a link, device or pipe.
     """
     config_path = Path(config_json)
     if not config_path.is_file():
@@ -180,8 +182,11 @@ def convert_authors_checkpoint(
     if problems:
         raise DRTError(f"{path} does not fit {config_path}: {'; '.join(problems[:5])}")
     model.load_state_dict(converted)
-    Path(output_dir).mkdir(parents=True, exist_ok=True)  # save_pretrained does nothing where a file lies
-    model.save_pretrained(output_dir)
+    try:
+        with fill_folder(output_dir) as folder:
+            model.save_pretrained(folder)
+    except SafetensorError as error:
+        raise DRTError(f"{output_dir}: cannot be written: {error}") from error
     return model
 
 
