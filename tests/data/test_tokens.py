@@ -10,6 +10,7 @@ from transformers import ByT5Tokenizer
 
 from drt.data import tokens
 from drt.data.haystack import Haystack
+from drt.data.tokenizer import train_tokenizer
 from drt.data.tokens import TextCodec
 
 TEXT = "Bücher: 一頁 😀\n\tnaïve |ab=12345|"
@@ -58,9 +59,31 @@ def test_any_bytes_come_back(byte_tokenizer: Any) -> None:
     assert codec.decode([0, 1, 2, 68]) == b"A"  # special tokens are no text
 
 
-def test_text_that_names_a_special_token_stays_text(byte_tokenizer: Any) -> None:
+def test_text_that_names_a_special_token_stays_text(byte_tokenizer: Any, books: Haystack) -> None:
     assert byte_tokenizer.encode("</s>", add_special_tokens=False) == [1]
     assert TextCodec(byte_tokenizer).encode("</s>").tolist() == [byte + 3 for byte in b"</s>"]
+    trained = train_tokenizer([books.text[:20_000].decode()], 300)
+    assert trained.encode("<eos><pad>", add_special_tokens=False) == [1, 0]
+    codec = TextCodec(trained)
+    ids = codec.encode("an <eos> and a <pad>")
+    assert min(ids) > 1
+    assert codec.decode(ids) == b"an <eos> and a <pad>"
+
+
+def test_a_long_line_is_cut_between_words_or_else_between_characters(
+    bpe_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "_PIECE", 100)
+    words = "a line of words 😀 " * 50
+    pieces = list(tokens.text_pieces([words.encode()]))
+    assert max(map(len, pieces)) <= 200
+    assert all(piece.startswith(b" ") for piece in pieces[1:])
+    assert TextCodec(bpe_tokenizer).encode(words).tolist() == bpe_tokenizer.encode(words)
+    for text in ("€" * 200, "x" * 450, "\n" * 500, "x" * 99 + "\n"):
+        blocks = [text.encode()[start : start + 7] for start in range(0, len(text.encode()), 7)]
+        pieces = list(tokens.text_pieces(blocks))
+        assert "".join(piece.decode() for piece in pieces) == text
+        assert max(map(len, pieces)) <= 200
 
 
 def test_half_characters_at_the_ends_are_dropped_where_tokens_are_no_bytes(bpe_tokenizer: Any) -> None:

@@ -10,6 +10,7 @@ import yaml
 from drt.data.needle_mix import NeedleMixConfig
 from drt.errors import DRTError
 from drt.train.config import TrainConfig, config_to_dict, load_config, mix_config
+from drt.train.strict_yaml import read_mapping
 
 MINIMAL = """
 output_dir: out
@@ -129,6 +130,12 @@ def test_mistakes_name_key_and_value(path: Path, override: str, message: str) ->
         (MINIMAL.replace("output_dir: out", ""), "the key output_dir is missing"),
         (MINIMAL.replace("haystack: [a.txt],", ""), "data: the key haystack is missing"),
         (MINIMAL + "max_step: 3\n", "unknown key max_step"),
+        (MINIMAL + "seed: 1\nseed: 2\n", r"the key seed stands twice, in line \d+ and line \d+"),
+        (
+            MINIMAL + "model: {hidden_size: 64, hidden_size: 128}\n",
+            "the key (model|hidden_size) stands twice",
+        ),
+        ("[" * 5000, "not valid YAML"),
         (MINIMAL + "seed: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
     ],
 )
@@ -138,6 +145,12 @@ def test_mistakes_name_the_file(tmp_path: Path, text: str, message: str) -> None
     with pytest.raises(DRTError, match=message) as error:
         load_config(path)
     assert str(path) in str(error.value)
+
+
+def test_a_merged_mapping_may_be_changed(tmp_path: Path) -> None:
+    path = tmp_path / "merged.yaml"
+    path.write_text("base: &base {lr: 1}\nnext: &next {<<: *base, lr: 2}\nlast: {<<: *next, lr: 3}\n")
+    assert [values["lr"] for values in read_mapping(path).values()] == [1, 2, 3]
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

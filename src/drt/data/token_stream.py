@@ -94,7 +94,9 @@ class TokenStream:
             raise DRTError(
                 f"{self.path} is not UTF-8 text: {error.reason} at byte {offset + error.start}"
             ) from error
-        encoded = self._tokenizer(string, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self._tokenizer(
+            string, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )
         code = np.frombuffer(string.encode("utf-32-le"), np.uint32)
         width = 1 + (code >= 0x80).astype(np.int64) + (code >= 0x800) + (code >= 0x10000)
         byte = np.concatenate([[0], np.cumsum(width)])

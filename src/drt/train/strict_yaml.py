@@ -22,7 +22,20 @@ T = TypeVar("T")
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """SafeLoader that reads `2e-3` as a number, as YAML 1.2 does (YAML 1.1 wants `2.0e-3`)."""
+    """SafeLoader that reads `2e-3` as a number, as YAML 1.2 does (YAML 1.1 wants `2.0e-3`), and no key twice."""
+
+    def compose_mapping_node(self, anchor: str | None) -> Any:
+        """A mapping as it is written, before `<<` merges another into it, whose keys its own may repeat."""
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            line, name = key.start_mark.line + 1, (key.tag, str(key.value))
+            if name in first:
+                raise DRTError(
+                    f"the key {key.value} stands twice, in line {first[name]} and line {line}; remove one of them"
+                )
+            first[name] = line
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -57,7 +70,9 @@ def read_mapping(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, A
 def _load_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except DRTError as error:
+        raise DRTError(f"{source}: {error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
         raise DRTError(f"{source}: not valid YAML: {error}") from error
 
 

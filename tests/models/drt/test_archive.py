@@ -333,6 +333,12 @@ def test_places_of_words_in_a_file(tmp_path: Path) -> None:
         assert rest.stops.tolist() == stops[skip:]
 
 
+def test_a_special_token_that_a_file_spells_is_text(tmp_path: Path) -> None:
+    (file,) = write(tmp_path / "texts", a=b"the [UNK] the\n" * 2)
+    (piece,) = TokenStream(file, word_tokenizer()).pieces()
+    assert piece.ids.tolist() == [1, 0, 0, 0, 1] * 2  # a bracket, the name, a bracket
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_a_bfloat16_model_reads_chunks_of_any_precision(
     model: DRTForCausalLM, tmp_path: Path, dtype: str
