@@ -35,9 +35,8 @@ from drt.data.tokens import TextCodec
 from drt.memory import Archive, ArchiveWriter, LandmarkIndex
 from drt.memory.approximate_index import (
     INDEX_FILE,
-    KIND,
     ApproximateIndex,
-    IndexKind,
+    IndexArrays,
     build_index,
     dump_index,
     load_index,
@@ -64,12 +63,7 @@ ASKED_A_PASS, GROUPS = (
 EXACT = ("exact", "exact, in memory")
 TURN = 0.018  # radians between a landmark and the nearest other: the median of 10,000 of English text
 COPIED_AT_ONCE = 2**13
-KINDS = {
-    "IVF, 8 bits": KIND,
-    "IVF, float32": IndexKind("IVF{lists},Flat", "nprobe=64"),
-    "IVF, 4 bits": IndexKind("IVF{lists},SQ4", "nprobe=64"),
-    "HNSW, 8 bits": IndexKind("HNSW16,SQ8", "efSearch=64"),
-}
+INDEXED = "IVF, 8 bits"
 
 
 class Queries(NamedTuple):
@@ -85,7 +79,6 @@ def main() -> None:
     options.add_argument("texts", nargs="+", type=Path, help="UTF-8 files")
     options.add_argument("--folder", type=Path, required=True, help="where the archive is, or is made")
     options.add_argument("--sizes", type=lengths, default="100K,1M", help="landmarks (default: %(default)s)")
-    options.add_argument("--kinds", default=";".join(KINDS), help="to compare (default: %(default)s)")
     arguments = options.parse_args()
     report = Report("landmark_index", arguments)
     model, tokenizer = load_model(shipped_checkpoint())
@@ -178,24 +171,26 @@ def enlarge(folder: Path, held: int, size: int, queries: Queries) -> Path:
 
 
 def measure(report: Report, options: argparse.Namespace, archive: Path, size: int, queries: Queries) -> None:
-    """Search the first landmarks of an archive exactly, then by each kind of index."""
+    """Search the first landmarks of an archive exactly, then by an index."""
     one, some = queries.needle[:, :1], queries.needle[:, :ASKED_A_PASS]
     exact = [select(landmarks(archive, size), query) for query in queries]
-    for name in (*EXACT, *options.kinds.split(";")):
+    for name in (*EXACT, INDEXED):
         record: dict[str, Any] = {"search": name, "chunks": size, "length": size * TOKENS_A_CHUNK}
         searched: LandmarkIndex | Tensor
         if name == EXACT[1]:
             searched = torch.cat([block for _, block in landmarks(archive, size).blocks(0)], 1)
         else:
             with TemporaryDirectory() as folder:
-                if name in KINDS:
+                if name == INDEXED:
                     start = now()
-                    index = build(archive, size, KINDS[name])
+                    arrays = build(archive, size)
                     record["build_seconds"] = now() - start
-                    record["bytes"] = Path(folder, INDEX_FILE).write_bytes(dump_index(index))
-                    del index
+                    content = dump_index(Point(chunks=size), arrays)
+                    record["bytes"] = Path(folder, INDEX_FILE).write_bytes(content)
+                    del arrays, content
                 start = now()
-                held = load_index(Path(folder), verify=True) if name in KINDS else None
+                width = queries.needle.shape[-1]
+                held = load_index(Path(folder), width, verify=True) if name == INDEXED else None
                 searched = landmarks(archive, size, held)
                 select(searched, one)
                 record["first_ms"] = 1e3 * (now() - start)
@@ -219,12 +214,12 @@ def landmarks(folder: Path, size: int, index: ApproximateIndex | None = None) ->
     return LandmarkIndex([page], torch.tensor([size]), index)
 
 
-def build(folder: Path, size: int, kind: IndexKind) -> ApproximateIndex:
+def build(folder: Path, size: int) -> IndexArrays:
     """An index of the first landmarks of an archive."""
     source = landmarks(folder, size)
     sample = torch.arange(training_size(size)) * size // training_size(size)
     blocks = (block[0] for _, block in source.blocks(0))
-    return build_index(Point(chunks=size), source.read(sample[None, None])[0, 0], blocks, kind)
+    return build_index(source.read(sample[None, None])[0, 0], size, blocks)
 
 
 def select(source: LandmarkIndex | Tensor, query: Tensor) -> Tensor:

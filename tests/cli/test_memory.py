@@ -156,7 +156,9 @@ def test_an_index_is_told_of_used_and_verified(
     path.write_bytes(path.read_bytes()[:-1])
     result = drt("memory", "verify", "m")
     assert result.exit_code == 1
-    assert result.stdout == f"{path} is damaged: its checksum is not that of its content\n"
+    assert result.stdout.startswith(f"{path} is damaged")
+    assert result.stdout.count("\n") == 1
+    assert "drt memory index m" in result.stdout
 
 
 @pytest.mark.parametrize(

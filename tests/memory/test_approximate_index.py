@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from archives import CHUNKS, DESCRIPTION, WIDTH, offer, write
@@ -17,11 +19,12 @@ from torch import Tensor
 
 from drt.errors import DRTError
 from drt.memory import Archive, ArchiveWriter, archive, verify_archive
-from drt.memory.approximate_index import INDEX_FILE
+from drt.memory.approximate_index import INDEX_FILE, IndexArrays, IndexSizes, _checksum
+from drt.memory.archive import JOURNAL
 from drt.memory.archive_files import ArchivePage
 from drt.ops.chunk_retrieval import RetrievedChunks, retrieve_chunks
 
-pytest.importorskip("faiss", reason="faiss is not installed: pip install faiss-cpu")
+faiss = pytest.importorskip("faiss", reason="faiss is not installed: pip install faiss-cpu")
 
 SEGMENTS, INDEXED = 50, 40  # an append came after the index was made
 
@@ -231,11 +234,99 @@ def test_an_index_of_another_archive_is_refused(path: Path, tmp_path: Path) -> N
         opened.store()
 
 
+def forged(path: Path, **changes: object) -> bytes:
+    """An index with another head or other arrays, and the checksum of what it is."""
+    line, _, body = (path / INDEX_FILE).read_bytes().partition(b"\n")
+    head = json.loads(line)
+    arrays = IndexArrays.unpack(body, IndexSizes(head["point"]["chunks"], head["lists"], head["width"]))
+    arrays = arrays._replace(**{name: changes.pop(name) for name in arrays._fields if name in changes})
+    body = b"".join(array.tobytes() for array in arrays)
+    head["point"] |= {name: changes.pop(name) for name in ("chunks", "journal_bytes") if name in changes}
+    head |= changes
+    head["crc32"] = _checksum({name: value for name, value in head.items() if name != "crc32"}, body)
+    return json.dumps(head).encode() + b"\n" + body
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": WIDTH + 1}, f"expected landmarks of {WIDTH} numbers, got {WIDTH + 1}"),
+        ({"width": 2**40}, f"expected landmarks of {WIDTH} numbers"),
+        ({"lists": 2**50}, r"expected 1 to 160 lists, got \d+"),
+        ({"lists": 0}, "expected 1 to 160 lists, got 0"),
+        ({"lists": 2}, r"expected \d+ bytes of arrays"),
+        ({"lists": "4"}, "expected point, lists, width and crc32"),
+        ({"chunks": 10}, r"expected \d+ bytes of arrays"),
+        ({"chunks": 10**15}, "has no landmark index"),
+        ({"chunks": 0}, "has no landmark index"),
+        ({"journal_bytes": 10**15}, "was made of another archive"),
+        ({"lists": [[1]]}, "expected point, lists, width and crc32"),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_allocated(
+    path: Path, changes: dict[str, object], message: str
+) -> None:
+    (path / INDEX_FILE).write_bytes(forged(path, **changes))
+    assert any(INDEX_FILE in problem or JOURNAL in problem for problem in verify_archive(path))
+    with pytest.raises(DRTError, match=message):
+        search(path, "index", everything(1))
+
+
+@pytest.mark.parametrize("value", [-1, 99, 2**31 - 1])
+def test_a_landmark_of_a_list_that_does_not_exist_is_refused(path: Path, value: int) -> None:
+    """faiss does not look: it would write past the end of its lists."""
+    (path / INDEX_FILE).write_bytes(forged(path, assignments=np.full(INDEXED * CHUNKS, value, np.int32)))
+    with pytest.raises(DRTError, match="drt memory index"):
+        search(path, "index", everything(1))
+
+
+def test_centers_that_are_not_finite_are_refused(path: Path) -> None:
+    (path / INDEX_FILE).write_bytes(forged(path, ranges=np.full((2, WIDTH), np.nan, np.float32)))
+    assert any("finite" in problem for problem in verify_archive(path))
+    with pytest.raises(DRTError, match="finite"):
+        search(path, "index", everything(1))
+
+
+def test_faiss_is_never_given_bytes_of_a_file(path: Path, tmp_path: Path) -> None:
+    """Its own format names other files: it opens them for writing and maps them."""
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    quantizer = faiss.IndexFlatIP(WIDTH)
+    index = faiss.IndexIVFFlat(quantizer, WIDTH, 1, faiss.METRIC_INNER_PRODUCT)
+    landmarks = np.random.default_rng(0).standard_normal((INDEXED * CHUNKS, WIDTH)).astype(np.float32)
+    index.train(landmarks)
+    lists = faiss.OnDiskInvertedLists(1, index.code_size, str(tmp_path / "lists"))
+    index.replace_invlists(lists)
+    index.add(landmarks)
+    content = faiss.serialize_index(index).tobytes().replace(b"lists", b"victi"[:5])
+    with Archive.open(path) as opened:
+        point = asdict(opened.point)
+    for earlier in (content, bytes(4 * INDEXED * CHUNKS) + content):
+        head = {"format": "drt-landmark-index", "format_version": 1, "point": point}
+        head["crc32"] = _checksum(head, earlier)
+        for line in (b"", json.dumps(head).encode() + b"\n"):
+            (path / INDEX_FILE).write_bytes(line + earlier)
+            for how in ("index", "auto"):
+                with pytest.raises(DRTError, match="make it anew with drt memory index"):
+                    search(path, how, everything(1))
+            assert any("make it anew with drt memory index" in problem for problem in verify_archive(path))
+    assert victim.read_bytes() == b"precious"
+
+
+def test_a_link_or_a_pipe_in_place_of_the_index(path: Path) -> None:
+    for make in (lambda: (path / INDEX_FILE).symlink_to("/dev/zero"), lambda: os.mkfifo(path / INDEX_FILE)):
+        (path / INDEX_FILE).unlink()
+        make()
+        assert any(f"{INDEX_FILE}: expected a regular file" in problem for problem in verify_archive(path))
+        with pytest.raises(DRTError, match="expected a regular file"):
+            search(path, "auto", everything(1))
+
+
 def test_a_later_format_is_named(path: Path) -> None:
     line, _, body = (path / INDEX_FILE).read_bytes().partition(b"\n")
-    head = json.dumps(json.loads(line) | {"format_version": 2}).encode()
+    head = json.dumps(json.loads(line) | {"format_version": 3}).encode()
     (path / INDEX_FILE).write_bytes(head + b"\n" + body)
-    with pytest.raises(DRTError, match="format version 2, but this drt reads version 1"):
+    with pytest.raises(DRTError, match="format version 3, but this drt reads version 2"):
         search(path, "index", everything(1))
 
 
@@ -265,7 +356,7 @@ def test_an_unfinished_archive_is_not_indexed(path: Path) -> None:
 
 def test_without_faiss_the_reason_is_said(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(DRTError, match="a landmark index wants faiss: pip install faiss-cpu"):
+    with pytest.raises(DRTError, match="a landmark index needs faiss: pip install faiss-cpu"):
         search(path, "index", everything(1))
     search(path, "auto", everything(1))
     assert verify_archive(path) == []

@@ -18,6 +18,7 @@ leaves the archive as it was at its last commit. Readers need no lock.
 from __future__ import annotations
 
 import hashlib
+import os
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from drt.errors import DRTError
+from drt.files import open_regular
 from drt.memory.approximate_index import INDEX_FILE, ApproximateIndex, indexed_point, load_index
 from drt.memory.archive_files import ArchiveFiles, ArchivePage
 from drt.memory.chunk_codec import Fields
@@ -232,7 +234,8 @@ class Archive:
             raise DRTError(f"{self.path} has no landmark index; drt memory index makes one")
         if self.search == "auto" and indexed < INDEXED_FROM:
             return None
-        return load_index(self.path, verify=self._files.verify)
+        index = load_index(self.path, self.description.landmark_size, verify=self._files.verify)
+        return index if index.num_landmarks <= self.num_chunks else None  # replaced by a writer just now
 
     def state(self) -> dict[str, Tensor]:
         """The decoding state at the end of the text, as it was committed; empty before the first commit."""
@@ -337,18 +340,14 @@ def read_journal(path: Path, point: Point, verify: bool) -> list[Segment]:
     Raises:
         DRTError: it is damaged.
     """
-    try:
-        with path.open("rb") as file:
-            content = file.read(point.journal_bytes)
-    except OSError as error:
-        raise DRTError(f"{path}: cannot be read: {error.strerror}") from error
+    content = _read_start(path, point.journal_bytes)
     if len(content) < point.journal_bytes:
-        raise DRTError(f"{path} is truncated: wanted {point.journal_bytes} bytes, got {len(content)}")
+        raise DRTError(f"{path} is truncated: expected {point.journal_bytes} bytes, got {len(content)}")
     if verify and hashlib.sha256(content).hexdigest() != point.journal_sha256:
         raise DRTError(f"{path} is damaged: its checksum is not the one in {MANIFEST}")
     try:
         segments = [Segment.parse(line) for line in content.splitlines()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DRTError(f"{path} is damaged: {error}") from error
     if len(segments) != point.segments:
         raise DRTError(f"{path} is damaged: wanted {point.segments} segments, got {len(segments)}")
@@ -361,8 +360,7 @@ def check_index(folder: Path, point: Point) -> None:
     Raises:
         DRTError: of another one.
     """
-    with (folder / JOURNAL).open("rb") as file:
-        content = file.read(point.journal_bytes)
+    content = _read_start(folder / JOURNAL, point.journal_bytes)
     if hashlib.sha256(content).hexdigest() != point.journal_sha256:
         raise DRTError(f"{folder / INDEX_FILE} was made of another archive; drt memory index makes it anew")
 
@@ -387,3 +385,16 @@ def read_state(folder: Path, point: Point, verify: bool) -> dict[str, Tensor]:
         return load_tensors(content)
     except SafetensorError as error:
         raise DRTError(f"{path} is damaged: {error}") from error
+
+
+def _read_start(path: Path, num_bytes: int) -> bytes:
+    """The first ``num_bytes`` of a file, all of it where it has fewer.
+
+    Raises:
+        DRTError: it is no regular file, or cannot be read.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        try:  # no more is allocated than there is: the number may be a stranger's
+            return file.read(min(num_bytes, os.fstat(file.fileno()).st_size))
+        except OSError as error:
+            raise DRTError(f"{path}: cannot be read: {error.strerror}") from error

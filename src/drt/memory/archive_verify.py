@@ -38,7 +38,7 @@ def verify_archive(path: Path | str, on_progress: Callable[[int], None] | None =
     finally:
         files.close()
     problems += _states(folder, manifest)
-    problems += _index(folder, on_progress)
+    problems += _index(folder, manifest.description.landmark_size, on_progress)
     if manifest.finished != manifest.head:
         problems.append(
             f"{folder} is not finished: {manifest.head.tokens:,} tokens are committed; run the same command again and "
@@ -77,14 +77,14 @@ def _states(folder: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def _index(folder: Path, on_progress: Callable[[int], None] | None) -> list[str]:
+def _index(folder: Path, width: int, on_progress: Callable[[int], None] | None) -> list[str]:
     """What is wrong with the index of landmarks, where there is one."""
     path = folder / INDEX_FILE
     try:
         point = indexed_point(folder)
         if point is not None:
             check_index(folder, point)
-            check_whole(folder)
+            check_whole(folder, width)
             if on_progress is not None:
                 on_progress(path.stat().st_size)
     except DRTError as error:

@@ -235,8 +235,8 @@ class ArchiveWriter(Archive):
                 if on_progress is not None:
                     on_progress(last - first)
 
-        index = build_index(self.point, page.landmarks_at(torch.zeros_like(chosen), chosen), blocks())
-        self._replace(INDEX_FILE, dump_index(index))
+        arrays = build_index(page.landmarks_at(torch.zeros_like(chosen), chosen), count, blocks())
+        self._replace(INDEX_FILE, dump_index(self.point, arrays))
 
     def _advance(self, point: Point, segment: Segment, state: Mapping[str, Tensor], finished: bool) -> None:
         """See the archive as it now is."""
