@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import fcntl
 import os
+import pickle
+import time
 from pathlib import Path
 
 import pytest
 
 from drt.errors import DRTError
-from drt.files import atomic_write, check_output, fill_folder, lock_file, open_regular, read_json, write_text
+from drt.files import (
+    atomic_write,
+    check_output,
+    fill_folder,
+    is_locked,
+    lock_file,
+    open_regular,
+    read_json,
+    write_text,
+)
 
 
 def test_a_file_is_replaced_whole_and_keeps_its_permissions(tmp_path: Path) -> None:
@@ -70,8 +82,51 @@ def test_a_lock_is_held_once(tmp_path: Path) -> None:
     first = lock_file(tmp_path / "lock", "busy here")
     with pytest.raises(DRTError, match="busy here"):
         lock_file(tmp_path / "lock", "busy here")
-    os.close(first)
-    os.close(lock_file(tmp_path / "lock", "busy here"))
+    assert is_locked(tmp_path / "lock")
+    first.close()
+    first.close()
+    assert not is_locked(tmp_path / "lock")
+    with lock_file(tmp_path / "lock", "busy here"):
+        assert is_locked(tmp_path / "lock")
+    assert not is_locked(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_forked_child_neither_keeps_a_lock_nor_gives_it_back(tmp_path: Path) -> None:
+    lock = lock_file(tmp_path / "lock", "busy here")
+    wake, asleep = os.pipe()
+    child = os.fork()
+    if child == 0:
+        lock.close()
+        os.close(asleep)
+        os.read(wake, 1)  # until the parent closes its end
+        os._exit(0)
+    os.close(wake)
+    time.sleep(0.05)
+    with pytest.raises(DRTError, match="busy here"):
+        lock_file(tmp_path / "lock", "busy here")
+    os.close(lock._descriptor)  # as a parent does that is killed
+    lock._descriptor = -1
+    lock_file(tmp_path / "lock", "busy here").close()
+    os.close(asleep)
+    assert os.waitpid(child, 0)[1] == 0
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="belongs to the process"):
+            copied(lock)
+
+
+def test_a_lock_file_that_was_removed_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening and locking it; two processes would each have a lock of their own."""
+    path, flock = tmp_path / "lock", fcntl.flock
+
+    def remove_first(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        path.unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with lock_file(path, "busy here"), pytest.raises(DRTError, match="busy here"):
+        lock_file(path, "busy here")
 
 
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,6 +136,7 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(DRTError, match="does not support locks"):
         lock_file(tmp_path / "lock", "busy here")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"{", b"\xff\xfe", b'"' + b"x" * 200 + b'"'])

@@ -9,10 +9,13 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from types import TracebackType
+from typing import IO, Any, ClassVar, NoReturn, Self
+from weakref import WeakSet
 
 from drt.errors import DRTError
 
@@ -141,29 +144,114 @@ def sync_folder(folder: Path) -> None:
     _sync(folder, os.O_DIRECTORY)
 
 
-def lock_file(path: Path, busy: str) -> int:
-    """Lock a file for one writer, until the descriptor that is returned is closed or the process ends.
+class FileLock:
+    """A lock that `lock_file` took: held until `close`, or until the process that took it ends.
+
+    A process forked meanwhile does not have it: it neither keeps it after its parent's end nor gives it back.
+    """
+
+    _held: ClassVar[WeakSet[FileLock]] = WeakSet()
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._held.add(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a lock belongs to the process that took it: it cannot be pickled or copied")
+
+    def close(self) -> None:
+        """Let another process have it; again is no error."""
+        if self._descriptor >= 0:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # a child that forks just now has the descriptor too
+            self._close()
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        os.close(descriptor)
+
+    @classmethod
+    def _forget(cls) -> None:
+        """In a forked child: only close, for to unlock would unlock for the parent too."""
+        for lock in [lock for lock in cls._held if lock._descriptor >= 0]:
+            lock._close()
+
+
+os.register_at_fork(after_in_child=FileLock._forget)
+
+
+def lock_file(path: Path, busy: str) -> FileLock:
+    """Lock a file for one writer.
 
     Args:
-        path: of the lock file; it is made if it is not there.
+        path: of the lock file; it is made if it is not there. One that was made is removed again where there are no
+            locks.
         busy: message of the error when another process holds the lock.
 
     Raises:
         DRTError: another process holds the lock; the file system has no locks; the file cannot be opened.
     """
-    descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
+    while True:
+        is_new = not os.path.lexists(path)
+        descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
+        try:
+            _flock(descriptor)
+            if _is_at(descriptor, path):
+                return FileLock(descriptor)
+            os.close(descriptor)  # another process has removed the file meanwhile, and with it the lock
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise DRTError(busy) from error
+            if is_new:
+                path.unlink(missing_ok=True)
+            if error.errno in _NO_LOCKS:
+                raise DRTError(
+                    f"{path}: this file system does not support locks ({error.strerror}); use a folder on a local disk"
+                ) from error
+            raise DRTError(f"{path}: cannot be locked: {error.strerror}") from error
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of a file; nothing is made where there is none."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = open_regular(path)
+    except DRTError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    finally:
         os.close(descriptor)
-        if error.errno in _NO_LOCKS:
-            raise DRTError(
-                f"{path}: this file system does not support locks ({error.strerror}); use a folder on a local disk"
-            ) from error
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise DRTError(busy) from error
-        raise DRTError(f"{path}: cannot be locked: {error.strerror}") from error
-    return descriptor
+    return False
+
+
+def _flock(descriptor: int) -> None:
+    """Lock at once, or after as short a wait as `is_locked` may hold the lock."""
+    for wait in (0.01, 0.05, 0):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not wait:
+                raise
+            time.sleep(wait)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one that now lies at a path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
 
 
 def read_json(path: Path | str, max_bytes: int = 2**26) -> Any:
