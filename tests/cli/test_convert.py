@@ -149,11 +149,12 @@ def test_parameters_that_do_not_fit_are_named(
     [
         ({"chunk_topk": None}, "lacks chunk_topk"),
         (
-            {"decoder_layers": [2, 2, 1]},
-            "decoder_layers must be [lower, group, group, ...] with equal groups",
+            {"decoder_layers": [2, 2, 0]},
+            "decoder_layers must be [lower, group, ...], whole numbers of at least 1, got [2, 2, 0]",
         ),
-        ({"decoder_layers": 4}, "decoder_layers must be [lower, group, group, ...]"),
-        ({"decoder_layers": [2]}, "decoder_layers must be [lower, group, group, ...]"),
+        ({"decoder_layers": 4}, "decoder_layers must be [lower, group, ...]"),
+        ({"decoder_layers": [2]}, "decoder_layers must be [lower, group, ...]"),
+        ({"decoder_layers": [2, "2"]}, "decoder_layers must be [lower, group, ...]"),
         ({"hidden_act": "gelu"}, "hidden_act must be silu, got gelu"),
         ({"hidden_size": "64"}, "the authors' configuration: Field 'hidden_size' expected int, got str"),
         (

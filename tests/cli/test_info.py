@@ -17,6 +17,16 @@ def test_a_language_model(drt: Run) -> None:
         assert shown in result.stdout
 
 
+def test_groups_of_unequal_size(drt: Run) -> None:
+    def shown(layers: str) -> str:
+        result = drt("info", CONFIGS / "needle-tiny.yaml", "--set", f"model.num_upper_layers={layers}")
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    assert shown("[1, 2]") == shown("[2, 1]") != shown("[1, 3]")
+    assert shown("[2, 2]") == shown("4")
+
+
 def test_needles(drt: Run) -> None:
     result = drt("info", CONFIGS / "needle-tiny.yaml")
     assert result.exit_code == 0, result.output

@@ -72,6 +72,7 @@ def count_projections(model: PreTrainedModel, length: int, **options: Any) -> fl
         {"num_key_value_heads": 4},
         {"num_encoder_layers": 0, "num_groups": 1},
         {"retrieval": False},
+        {"num_upper_layers": [1, 2]},
         {"num_upper_layers": 0, "num_groups": 1},
         {"num_upper_layers": 0, "num_groups": 1, "retrieval": False},
     ],

@@ -79,11 +79,11 @@ CONFIG = {
 }
 
 
-@pytest.fixture(scope="module")
-def drt_model() -> DRTForCausalLM:
+@pytest.fixture(scope="module", params=[2, [1, 2]], ids=str)
+def drt_model(request: pytest.FixtureRequest) -> DRTForCausalLM:
     """Random norms, GQA, two groups; a text of 100 tokens is longer than the upper decoder's reach."""
     torch.manual_seed(0)
-    config = DRTConfig(**CONFIG)
+    config = DRTConfig(**CONFIG | {"num_upper_layers": request.param})
     model = DRTForCausalLM(config).eval().double()
     for name, parameter in model.named_parameters():
         if "norm" in name:

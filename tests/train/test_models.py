@@ -98,6 +98,8 @@ def _weights(config: TrainConfig) -> dict[str, torch.Tensor]:
         ({"hiden_size": 64}, r"unknown key model\.hiden_size"),
         ({"num_key_value_heads": None, "sink": 3}, "sink: True there, 3 here"),
         ({"gumbel_noise": "maybe"}, "Field 'gumbel_noise' expected bool, got str"),
+        ({"num_upper_layers": [1, 2]}, r"num_upper_layers: 2 there, \[1, 2\] here"),
+        ({"num_upper_layers": [1, 1, 1]}, r"num_upper_layers: 2 there, \[1, 1, 1\] here"),
     ],
 )
 def test_another_architecture_is_refused(
@@ -105,6 +107,22 @@ def test_another_architecture_is_refused(
 ) -> None:
     with pytest.raises(DRTError, match=message):
         run(make_config(init_from=str(start), model=fields, chunk_size=15))
+
+
+def test_layers_listed_for_each_group_are_compared_by_what_they_say(
+    start: Path, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    def layers(folder: Path, fields: dict[str, Any]) -> list[int]:
+        return build_model(
+            make_config(init_from=str(folder), model=fields, chunk_size=15)
+        ).config.layers_per_group
+
+    assert layers(start, {"num_upper_layers": [1, 1]}) == [1, 1]
+    unequal = make_config().model | {"num_upper_layers": [1, 2]}
+    DRTForCausalLM(DRTConfig(**unequal)).save_pretrained(start)
+    assert layers(start, unequal) == layers(start, {}) == [1, 2]
+    with pytest.raises(DRTError, match=r"num_upper_layers: \[1, 2\] there, 3 here"):
+        layers(start, {"num_upper_layers": 3})
 
 
 def test_checkpoints_that_cannot_be_read_are_named(

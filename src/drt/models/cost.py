@@ -151,7 +151,7 @@ def _drt(
     The last layer reads chunks, and runs its MLP, only where a state is wanted.
     """
     size, window, slots = config.hidden_size, config.sliding_window, config.chunk_size
-    lower, upper, encoder = config.num_lower_layers, config.num_upper_layers, config.num_encoder_layers
+    lower, upper, encoder = config.num_lower_layers, sum(config.layers_per_group), config.num_encoder_layers
     positions = tokens + tokens / slots
     products = _decoder("lower", lower, positions, window, window_keys, config)
     if upper:
@@ -178,7 +178,7 @@ def _drt(
     ]
     if config.retriever == "learned":
         reading = upper_positions / (slots + 1)  # chunks whose landmarks retrieve
-        groups = config.num_groups
+        groups = len(config.layers_per_group)
         products.append(
             MatrixProduct("landmark scores", "retrieval", groups, 1, reading, size, chunks_scored)
         )

@@ -121,13 +121,17 @@ def _checkpoint_config(folder: str, fields: dict[str, Any]) -> PreTrainedConfig:
     _check_names(kind, fields)
     own = {name: getattr(held, name) for name in _field_names(kind)}
     noise = {name: fields.pop(name) for name in ("gumbel_noise",) if name in fields}
-    if differing := [(name, own[name], x) for name, x in fields.items() if x is not None and x != own[name]]:
-        raise _other_architecture(folder, differing)
-    wanted = _make(kind, own | fields | noise)  # null stands for a value that follows from others
-    if differing := [
-        (name, own[name], getattr(wanted, name)) for name in fields if getattr(wanted, name) != own[name]
-    ]:
-        raise _other_architecture(folder, differing)
+
+    def refuse(here: dict[str, Any]) -> None:
+        if differing := [(name, own[name], value) for name, value in here.items() if value != own[name]]:
+            raise _other_architecture(folder, differing)
+
+    try:
+        wanted = _make(kind, own | fields | noise)  # null stands for a value that follows from others
+    except DRTError:  # a field that differs need not fit the rest of the checkpoint
+        refuse({name: value for name, value in fields.items() if value is not None})
+        raise
+    refuse({name: getattr(wanted, name) for name in fields})
     return wanted
 
 

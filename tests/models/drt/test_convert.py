@@ -86,6 +86,49 @@ def test_layers_of_several_groups_are_counted_through(parameters):
         assert torch.equal(converted[later], converted[name] + 1)
 
 
+def unequal(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of groups of one and two layers, each layer's one more than the last's."""
+    places = [("0.0.", 0), ("1.0.", 1), ("1.1.", 2)]
+    upper = {name: x for name, x in parameters.items() if "upper_layers.0.0." in name}
+    rest = {name: x for name, x in parameters.items() if "upper_layers" not in name}
+    retriever = {"model.lmk_norms.1.weight": parameters["model.lmk_norms.0.weight"] + 1}
+    layers = {
+        name.replace("0.0.", place, 1): x + added for name, x in upper.items() for place, added in places
+    }
+    return rest | retriever | layers
+
+
+@torch.no_grad()
+def test_groups_of_unequal_size(recorded, parameters, tmp_path):
+    convert(unequal(parameters), tmp_path, decoder_layers=[2, 1, 2])
+    model = DRTForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert (model.config.num_upper_layers, model.config.num_groups) == ([1, 2], 2)
+    first, *later = model.model.upper_layers
+    for added, layer in enumerate(later, start=1):
+        for ours, other in zip(layer.parameters(), first.parameters(), strict=True):
+            assert torch.equal(ours, other + added)
+    assert all(weights.any() for weights in model(recorded["input_ids"], output_retrieval=True).chunk_weights)
+
+
+def test_a_checkpoint_as_their_trainer_writes_it(parameters, tmp_path):
+    """Of a model that is trained in parallel, with the slopes of ALiBi in each layer."""
+    plain = convert(parameters, tmp_path / "plain").state_dict()
+    slopes = {f"model.{half}.self_attn.m": torch.ones(4) for half in ("lower_layers.0", "upper_layers.0.1")}
+    theirs = {f"module.{name}": x for name, x in (parameters | slopes).items()}
+    found = convert(theirs, tmp_path / "theirs").state_dict()
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in found.items())
+
+
+def test_a_layer_that_no_group_has_is_unknown(parameters, tmp_path):
+    """Counted through, layer 1 of group 0 would take the place of layer 0 of group 1."""
+    with pytest.raises(DRTError, match=r"missing model\.upper_layers\.1\..*"):
+        convert(unequal(parameters), tmp_path, decoder_layers=[2, 2, 1])
+    config = config_from_authors(SETTINGS | {"decoder_layers": [2, 2, 1]})
+    converted = convert_state_dict(unequal(parameters), config, SETTINGS["chunk_id"])
+    assert "model.upper_layers.1.1.mlp.up_proj.weight" in converted
+
+
 def test_names_that_do_not_fit(parameters, tmp_path):
     norm = parameters.pop("model.norm.weight")
     with pytest.raises(DRTError, match=r"does not fit .*theirs\.json: missing model\.norm\.weight$"):

@@ -19,6 +19,7 @@ RULES = [
     {"chunk_size": 1},
     {"sliding_window": 1},
     {"retrieval": False},
+    {"num_upper_layers": [1, 2]},
 ]
 
 

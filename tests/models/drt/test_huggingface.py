@@ -123,7 +123,9 @@ def test_a_fresh_model_predicts_nothing(ids):
     assert float(model.model.landmark_embedding.detach().std()) == pytest.approx(0.02, rel=0.5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"landmark_predicts": False, "retrieval_top_k": 3}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"landmark_predicts": False, "retrieval_top_k": 3}, {"num_upper_layers": [1, 2]}], ids=str
+)
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_gradient_checkpointing_changes_no_gradient(make_model, ids, changes):
     model = make_model(**changes).train()

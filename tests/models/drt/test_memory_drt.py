@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -29,11 +30,12 @@ class Travelling(DeviceStore):
         return noted
 
 
+@pytest.mark.parametrize("layers", [[2, 2], [1, 3]])
 def test_chunks_travel_while_the_window_is_attended_to(
-    make_model: Callable[..., DRTForCausalLM], ids: Tensor
+    make_model: Callable[..., DRTForCausalLM], ids: Tensor, layers: list[int]
 ) -> None:
     """Of each group: sent for, then the window of its first layer, then waited for; with equal results."""
-    model = make_model(num_upper_layers=4, num_groups=2)
+    model = make_model(num_upper_layers=layers)
     events: list[str] = []
 
     def note(name: str) -> Callable[[nn.Module, object, object], None]:
@@ -46,8 +48,8 @@ def test_chunks_travel_while_the_window_is_attended_to(
         cache = DRTCache(model.config, Travelling(events))
         logits = model(ids[:, :40], past_key_values=cache, use_cache=True).logits
         later = model(ids[:, 40:], past_key_values=cache, use_cache=True).logits
-        group = ["begin", "window", "wait", "chunks", "window", "chunks"]
-        assert events == group * 4
+        groups = [["begin", "window", "wait", "chunks", *["window", "chunks"] * (n - 1)] for n in layers]
+        assert events == [*groups[0], *groups[1]] * 2
         plain = DRTCache(model.config)
         for part, wanted in ((ids[:, :40], logits), (ids[:, 40:], later)):
             assert torch.equal(model(part, past_key_values=plain, use_cache=True).logits, wanted)

@@ -19,6 +19,8 @@ RULES = [
     {"position_embedding": "rope"},
     {"num_upper_layers": 4, "num_groups": 1, "position_embedding": "rope"},
     {"num_upper_layers": 6, "num_groups": 3, "landmark_predicts": False},
+    {"num_upper_layers": [1, 3], "landmark_predicts": False},
+    {"num_upper_layers": [2, 1], "chunk_size": 17, "sliding_window": 6},
     {"chunk_size": 17, "sliding_window": 6},
     {"chunk_size": 1},
     {"sliding_window": 1},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from drt.models.drt import DRTConfig
+from drt.models.loading import shipped_checkpoint
 
 CONFIGURATIONS = [
     ({"retrieval_top_k": 0}, "retrieval_top_k must be at least 1, got 0"),
@@ -25,6 +28,22 @@ CONFIGURATIONS = [
     ({"head_dim": 32}, "got 768 and 12 x 32"),
     ({"hidden_size": 36}, "head_dim must be even for rotary positions, got 3"),
     ({"num_groups": 4}, "num_groups must divide num_upper_layers, got 4 and 6"),
+    ({"num_upper_layers": -1}, "num_upper_layers must be at least 0, got -1"),
+    ({"num_upper_layers": [2, 0]}, "num_upper_layers must list at least 1 layer for each group, got [2, 0]"),
+    ({"num_upper_layers": []}, "num_upper_layers must list at least 1 layer for each group, got []"),
+    (
+        {"num_upper_layers": [1, 2], "num_groups": 1},
+        "num_groups must be the 2 groups that num_upper_layers lists",
+    ),
+    (
+        {"num_upper_layers": [2, 2], "num_groups": 3},
+        "num_groups must be the 2 groups that num_upper_layers lists",
+    ),
+    ({"num_upper_layers": [1, 2.0]}, "Field 'num_upper_layers'"),
+    (
+        {"num_upper_layers": [1, 2], "retriever": "bm25"},
+        "num_groups must be 1 and learned_temperature False, got 2",
+    ),
     ({"position_embedding": "sinus"}, """position_embedding must be "alibi" or "rope", got 'sinus'"""),
     ({"chunk_size": "63"}, "'chunk_size' expected int"),
     ({"retrieval_top_k": 2.5}, "'retrieval_top_k' expected int"),
@@ -42,7 +61,37 @@ def test_configurations(changes: dict[str, Any], message: str) -> None:
 def test_what_is_left_out_is_filled_in() -> None:
     config = DRTConfig()
     assert (config.num_key_value_heads, config.head_dim, config.num_hidden_layers) == (12, 64, 12)
-    assert DRTConfig(num_upper_layers=6, num_groups=3).num_groups == 3
+    assert DRTConfig(num_upper_layers=6, num_groups=3).layers_per_group == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "layers", "groups", "per_group"),
+    [
+        ({}, 6, 1, [6]),
+        ({"num_upper_layers": 0}, 0, 1, [0]),
+        ({"num_upper_layers": [1, 2]}, [1, 2], 2, [1, 2]),
+        ({"num_upper_layers": [3, 1, 2], "num_groups": 3}, [3, 1, 2], 3, [3, 1, 2]),
+        ({"num_upper_layers": [2, 2]}, 4, 2, [2, 2]),  # one model, one configuration
+        ({"num_upper_layers": [4]}, 4, 1, [4]),
+    ],
+    ids=str,
+)
+def test_layers_of_each_group(
+    fields: dict[str, Any], layers: int | list[int], groups: int, per_group: list[int], tmp_path: Path
+) -> None:
+    DRTConfig(**fields).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (saved["num_upper_layers"], saved["num_groups"]) == (layers, groups)
+    config = DRTConfig.from_pretrained(tmp_path)
+    assert config.layers_per_group == per_group
+    assert config.num_hidden_layers == 6 + sum(per_group)
+
+
+def test_a_configuration_that_lists_nothing_is_saved_as_ever(tmp_path: Path) -> None:
+    """Archives are bound to their model by a digest of it."""
+    DRTConfig.from_pretrained(shipped_checkpoint()).save_pretrained(tmp_path)
+    found, held = (json.loads((f / "config.json").read_text()) for f in (tmp_path, shipped_checkpoint()))
+    assert found | held | {"transformers_version": found["transformers_version"]} == found
 
 
 def mask(*rows: list[int]) -> torch.Tensor:

@@ -49,7 +49,7 @@ class DRTCache(Cache):
         )
         self.open_lengths: Tensor | None = None  # (B,) on the CPU
         self.closed_counts: Tensor | None = None  # (B,) on the CPU: chunks closed so far
-        self.selections: list[RetrievedMemory | None] = [None] * config.num_groups
+        self.selections: list[RetrievedMemory | None] = [None] * len(config.layers_per_group)
         self.archive: Archive | None = None  # where the chunk memory was opened from
 
     @classmethod

@@ -107,9 +107,8 @@ def upper_reach(config: DRTConfig, kept: int) -> int:
     W - 1 positions and the last landmark's selections, reaches no further.
     """
     window = config.sliding_window - 1
-    layers = config.num_upper_layers // config.num_groups
-    group = (layers - 1) * window + max(window, config.chunk_size + 1)
-    return 2 * kept + config.num_groups * group
+    landmark = max(window, config.chunk_size + 1)
+    return 2 * kept + sum((layers - 1) * window + landmark for layers in config.layers_per_group)
 
 
 @torch.compiler.disable

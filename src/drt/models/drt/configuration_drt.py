@@ -22,8 +22,10 @@ class DRTConfig(PreTrainedConfig):
         hidden_size: width H.
         intermediate_size: width of the SwiGLU MLPs.
         num_lower_layers: layers below the chunk encoder (window attention only).
-        num_upper_layers: layers above it (window attention and grouped cross-attention).
-        num_groups: groups G of upper layers; each retrieves once. Divides ``num_upper_layers``.
+        num_upper_layers: layers above it (window attention and grouped cross-attention). Where groups differ, a list of
+            the layers of each, from the bottom: ``[1, 2]``. A list of equal numbers becomes their sum.
+        num_groups: groups G of upper layers; each retrieves once. Divides ``num_upper_layers``, or is the length of
+            that list. ``None``: one, or as many as are listed.
         num_encoder_layers: bidirectional layers of the chunk encoder.
         num_attention_heads: query heads h.
         num_key_value_heads: key/value heads of window attention, chunk encoder and chunk memory; divides h.
@@ -58,8 +60,8 @@ class DRTConfig(PreTrainedConfig):
     hidden_size: int = 768
     intermediate_size: int = 2048
     num_lower_layers: int = 6
-    num_upper_layers: int = 6
-    num_groups: int = 1
+    num_upper_layers: int | list[int] = 6
+    num_groups: int | None = None
     num_encoder_layers: int = 2
     num_attention_heads: int = 12
     num_key_value_heads: int | None = None
@@ -93,12 +95,25 @@ class DRTConfig(PreTrainedConfig):
             and isinstance(self.num_attention_heads, int)
         ):
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        layers = self.num_upper_layers
+        if self.num_groups is None:
+            self.num_groups = len(layers) if isinstance(layers, list) else 1
+        if isinstance(layers, list) and len(layers) == self.num_groups and len(set(layers)) == 1:
+            self.num_upper_layers = sum(layers)  # one model, one way to write its configuration
         super().__post_init__(**kwargs)
+
+    @property
+    def layers_per_group(self) -> list[int]:
+        """Upper layers of each of the G groups, from the bottom."""
+        if isinstance(self.num_upper_layers, list):
+            return self.num_upper_layers
+        assert self.num_groups is not None  # by __post_init__
+        return [self.num_upper_layers // self.num_groups] * self.num_groups
 
     @property
     def num_hidden_layers(self) -> int:
         """Decoder layers, lower and upper."""
-        return self.num_lower_layers + self.num_upper_layers
+        return self.num_lower_layers + sum(self.layers_per_group)
 
     @property
     def key_value_shape(self) -> tuple[int, int]:
@@ -114,7 +129,6 @@ class DRTConfig(PreTrainedConfig):
             "hidden_size": 1,
             "intermediate_size": 1,
             "num_lower_layers": 1,
-            "num_upper_layers": 0,
             "num_groups": 1,
             "num_encoder_layers": 0,
             "num_attention_heads": 1,
@@ -147,10 +161,24 @@ class DRTConfig(PreTrainedConfig):
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
 
     def validate_groups(self) -> None:
-        """Part of ``PreTrainedConfig`` validation: groups of upper layers are equal."""
-        if self.num_upper_layers % max(self.num_groups, 1):  # 0 is refused by validate_sizes
+        """Part of ``PreTrainedConfig`` validation: groups of upper layers are equal, or listed one by one."""
+        layers, groups = self.num_upper_layers, self.num_groups
+        if groups is None:
+            raise ValueError("num_groups may be None only while a DRTConfig is made")
+        if isinstance(layers, list):
+            if min(layers, default=0) < 1:
+                raise ValueError(f"num_upper_layers must list at least 1 layer for each group, got {layers}")
+            if groups != len(layers):
+                raise ValueError(
+                    f"num_groups must be the {len(layers)} groups that num_upper_layers lists, or be left out; got "
+                    f"{groups} and {layers}"
+                )
+        elif layers < 0:
+            raise ValueError(f"num_upper_layers must be at least 0, got {layers}")
+        elif layers % max(groups, 1):  # 0 is refused by validate_sizes
             raise ValueError(
-                f"num_groups must divide num_upper_layers, got {self.num_groups} and {self.num_upper_layers}"
+                f"num_groups must divide num_upper_layers, got {groups} and {layers}; list the layers of each group "
+                "where they differ, as in num_upper_layers: [1, 2]"
             )
 
     def validate_retriever(self) -> None:
@@ -158,7 +186,7 @@ class DRTConfig(PreTrainedConfig):
         known = ("learned", *FIXED_RETRIEVERS)
         if self.retriever not in known:
             raise ValueError(f"retriever must be one of {', '.join(known)}, got {self.retriever!r}")
-        if self.retriever != "learned" and (self.num_groups > 1 or self.learned_temperature):
+        if self.retriever != "learned" and (self.num_groups != 1 or self.learned_temperature):
             raise ValueError(
                 f"retriever {self.retriever!r} retrieves the same for every group and has nothing to learn: num_groups "
                 f"must be 1 and learned_temperature False, got {self.num_groups} and {self.learned_temperature}"

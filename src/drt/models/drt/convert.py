@@ -37,6 +37,7 @@ _FIELDS = {
 }
 
 _RENAMES = [
+    (r"^module\.", ""),  # their trainer saves the model inside DistributedDataParallel
     (r"^model\.enc_prenorm\.", "model.chunk_encoder.input_norm."),
     (r"^model\.encoder\.layers\.(\d+)\.self_attn\.", r"model.chunk_encoder.layers.\1."),
     (r"^model\.encoder\.layers\.(\d+)\.input_layernorm\.", r"model.chunk_encoder.layers.\1.input_norm."),
@@ -69,8 +70,7 @@ def config_from_authors(settings: Mapping[str, Any]) -> DRTConfig:
         return DRTConfig(
             **{ours: settings[theirs] for theirs, ours in _FIELDS.items()},
             num_lower_layers=lower,
-            num_upper_layers=sum(groups),
-            num_groups=len(groups),
+            num_upper_layers=groups,
             sliding_window=settings["slide_window"] + 1,
             position_embedding="alibi" if settings.get("enable_alibi", True) else "rope",
             rope_theta=settings.get("rope_theta", 10000.0),
@@ -98,9 +98,10 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
             f"chunk_id must be below vocab_size, got {settings['chunk_id']}, {settings['vocab_size']}"
         )
     layers = settings["decoder_layers"]
-    are_numbers = isinstance(layers, list) and all(isinstance(number, int) for number in layers)
-    if not are_numbers or len(set(layers[1:])) != 1:
-        raise DRTError(f"decoder_layers must be [lower, group, group, ...] with equal groups, got {layers}")
+    if not isinstance(layers, list) or len(layers) < 2 or any(type(n) is not int or n < 1 for n in layers):
+        raise DRTError(
+            f"decoder_layers must be [lower, group, ...], whole numbers of at least 1, got {layers}"
+        )
     if settings.get("hidden_act", "silu") != "silu":
         raise DRTError(f"hidden_act must be silu, got {settings['hidden_act']}")
 
@@ -118,14 +119,19 @@ def convert_state_dict(
     Raises:
         DRTError: no embedding, or one of another shape than the configuration's.
     """
-    per_group = config.num_upper_layers // config.num_groups
+    groups = enumerate(config.layers_per_group)
+    theirs = [f"upper_layers.{group}.{layer}." for group, layers in groups for layer in range(layers)]
+    numbers = {name: number for number, name in enumerate(theirs)}
+
+    def renumber(found: re.Match[str]) -> str:
+        number = numbers.get(found[0])  # a layer that no group has keeps its name, and is reported as unknown
+        return found[0] if number is None else f"upper_layers.{number}."
+
     converted = {}
     for name, tensor in parameters.items():
-        ours = re.sub(
-            r"upper_layers\.(\d+)\.(\d+)\.",
-            lambda found: f"upper_layers.{int(found[1]) * per_group + int(found[2])}.",
-            name,
-        )
+        if name.endswith(".self_attn.m"):  # slopes of ALiBi, which follow from the number of heads
+            continue
+        ours = re.sub(r"upper_layers\.\d+\.\d+\.", renumber, name)
         for pattern, replacement in _RENAMES:
             ours = re.sub(pattern, replacement, ours)
         converted[ours] = tensor

@@ -111,8 +111,8 @@ class DRTModel(DRTPreTrainedModel):
             memory_width = num_key_value_heads * head_dim
             self.chunk_k_proj = nn.Linear(config.hidden_size, memory_width, bias=False)
             self.chunk_v_proj = nn.Linear(config.hidden_size, memory_width, bias=False)
-            self.retrievers = nn.ModuleList(_retriever(config) for _ in range(config.num_groups))
-        self.upper_layers = nn.ModuleList(DRTUpperLayer(config) for _ in range(config.num_upper_layers))
+            self.retrievers = nn.ModuleList(_retriever(config) for _ in config.layers_per_group)
+        self.upper_layers = nn.ModuleList(DRTUpperLayer(config) for _ in range(sum(config.layers_per_group)))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -271,13 +271,13 @@ class DRTModel(DRTPreTrainedModel):
         upper = layout.upper
         if upper.index is not None:
             hidden_states = hidden_states.flatten(0, 1)[upper.index]
-        per_group = len(self.upper_layers) // self.config.num_groups
+        group_of = [group for group, layers in enumerate(self.config.layers_per_group) for _ in range(layers)]
         retrieved: list[RetrievedMemory | Retrieval] = []
-        for number, layer in enumerate(self.upper_layers):
-            if memory is not None and number % per_group == 0:
-                retriever: Retriever | FixedRetriever = self.retrievers[number // per_group]  # type: ignore[assignment]
+        for number, (layer, group) in enumerate(zip(self.upper_layers, group_of, strict=True)):
+            if memory is not None and group == len(retrieved):  # the group's first layer
+                retriever: Retriever | FixedRetriever = self.retrievers[group]  # type: ignore[assignment]
                 gumbel = self.training and self.config.gumbel_noise
-                retrieved.append(memory.retrieve(number // per_group, retriever, hidden_states, gumbel))
+                retrieved.append(memory.retrieve(group, retriever, hidden_states, gumbel))
             blocks, kept = (upper.block_index, upper.block_inverse), None
             if number == len(self.upper_layers) - 1:
                 blocks, kept = (upper.output_block_index, upper.output_block_inverse), upper.output_index
