@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from drt.memory import DeviceStore, DiskStore, HostStore
+from drt.memory import DeviceStore, HostStore
 
 SIZE, HEADS, DIM, WIDTH = 3, 2, 4, 5  # tokens, heads and width of a chunk; width of a landmark
-Store = DeviceStore | HostStore | DiskStore
+Store = DeviceStore | HostStore
 MakeStore = Callable[[int | None], Store]
 TIERS: dict[str, MakeStore] = {
     "device": lambda page_size: DeviceStore(page_size=page_size),
     "host": lambda page_size: HostStore(page_size=page_size, dtype="float32"),
-    "disk": lambda page_size: DiskStore(page_size=page_size, dtype="float32"),
 }
 
 
@@ -142,19 +139,6 @@ def test_growth_copies_nothing_that_is_held(tier: str) -> None:
     assert addresses() == before
 
 
-def test_growth_of_files_writes_new_chunks_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = filled(DiskStore(page_size=2), 3, 3)
-    written: list[int] = []
-    write = os.pwrite
-    monkeypatch.setattr(
-        os, "pwrite", lambda file, data, at: written.append(len(data)) or write(file, data, at)
-    )
-    for _ in range(20):
-        store.append(*offer(2, 2), torch.tensor([2, 1]))
-    record = 2 * SIZE * HEADS * DIM * 2 + 8
-    assert sum(written) == 60 * (record + WIDTH * 4)
-
-
 def test_choosing_rows_copies_a_page_only_when_it_is_written_to(make_store: MakeStore) -> None:
     store = filled(make_store(2), 5, 5)
     held = [placed.page for placed in store._pages]
@@ -238,7 +222,7 @@ def test_page_size() -> None:
     assert len(store._pages) == 1, "a pass's chunks lie in one page"
 
 
-@pytest.mark.parametrize("store_type", [DeviceStore, HostStore, DiskStore])
+@pytest.mark.parametrize("store_type", [DeviceStore, HostStore])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
 def test_what_is_rounded(store_type: type[Store], dtype: str) -> None:
     """bfloat16 is the nearest; int8 is off by at most half a step of 1/127 of a head's largest in that chunk."""
@@ -262,19 +246,3 @@ def test_what_is_rounded(store_type: type[Store], dtype: str) -> None:
 def test_an_unknown_dtype_is_named() -> None:
     with pytest.raises(ValueError, match=r"chunks can be held as .*int8, got 'int4'"):
         HostStore(dtype="int4")
-
-
-def test_a_disk_store_holds_no_chunk_in_memory(tmp_path: Path) -> None:
-    """Its pages are records of two files without a name, which vanish with it."""
-    store = filled(DiskStore(directory=tmp_path, page_size=8), 20)
-    assert not list(tmp_path.iterdir())
-    assert not any(
-        isinstance(held, Tensor) and held.numel() > 1
-        for placed in store._pages
-        for held in vars(placed.page).values()
-    )
-    descriptors = [file.descriptor for file in store._files]
-    store.clear()
-    for descriptor in descriptors:
-        with pytest.raises(OSError, match="Bad file descriptor"):
-            os.fstat(descriptor)

@@ -5,7 +5,6 @@ from drt.memory.archive_verify import verify_archive
 from drt.memory.archive_writer import ArchiveWriter
 from drt.memory.chunk_store import ChunkStore, GatheredChunks
 from drt.memory.device_store import DeviceStore
-from drt.memory.disk_store import DiskStore
 from drt.memory.host_store import HostStore
 from drt.memory.landmark_index import LandmarkIndex
 from drt.memory.manifest import ArchiveDescription
@@ -17,7 +16,6 @@ __all__ = [
     "ChunkSource",
     "ChunkStore",
     "DeviceStore",
-    "DiskStore",
     "Document",
     "GatheredChunks",
     "HostStore",

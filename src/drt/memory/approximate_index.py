@@ -116,6 +116,9 @@ class ApproximateIndex:
         self.point, self.crc32 = point, arrays.crc32.copy()  # no view: the other arrays need not stay
         self._index = _inverted_lists(arrays)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # it never changes
+
     @property
     def num_landmarks(self) -> int:
         """It knows the landmarks [0, num_landmarks)."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from drt.errors import DRTError
+from drt.files import open_regular
 from drt.memory.approximate_index import INDEX_FILE, ApproximateIndex
 from drt.memory.chunk_codec import ChunkCodec, FieldSpec, unpack
 from drt.memory.manifest import DATA_FILES, ArchiveDescription, Segment
@@ -63,7 +64,7 @@ class ArchiveFiles:
         )
         mode = os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY
         self.files = [
-            RecordFile(_open(path / name, mode), size, path / name)
+            RecordFile(open_regular(path / name, mode), size, path / name, writable=writable)
             for name, size in zip(DATA_FILES, sizes, strict=True)
         ]
         self.verify = verify
@@ -224,10 +225,3 @@ class ArchivePage:
             if zlib.crc32(record) != crc:
                 name = self._files.files[CHUNKS].name
                 raise DRTError(f"{name} is damaged: chunk {chunk} is not what was written")
-
-
-def _open(path: Path, mode: int) -> int:
-    try:
-        return os.open(path, mode, 0o666)
-    except OSError as error:
-        raise DRTError(f"{path}: cannot be opened: {error.strerror}") from error

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Self
+from typing import NoReturn, Self
 
 import numpy as np
 import torch
@@ -118,6 +118,9 @@ class ArchiveWriter(Archive):
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+    def __reduce__(self) -> NoReturn:  # also what copy and deepcopy ask for
+        raise TypeError(f"{self.path} is open for writing and can be neither copied nor pickled")
 
     def store(self) -> ArchiveStore:
         """The chunks as a store of one row; what is appended to it goes to the files."""

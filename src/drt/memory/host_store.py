@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,6 +85,11 @@ class HostPage(TensorPage):
         copied.stored_landmarks.copy_(self.stored_landmarks[rows.to(self.stored_landmarks.device)])
         return copied
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of: all of it must have arrived."""
+        self._settle()
+        return vars(self)
+
     def _settle(self) -> None:
         """Put what has arrived into its slots."""
         if self._arriving is not None:
@@ -115,6 +120,9 @@ class Transfer:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._device = device
+
+    def __reduce__(self) -> tuple[type[Transfer], tuple[torch.device]]:
+        return Transfer, (self._device,)  # a copy has a stream of its own
 
     def to_host(self, tensors: Fields) -> Arrival:
         """Start copies to pinned memory of what the current stream has computed."""

@@ -6,6 +6,7 @@ import os
 import weakref
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -20,15 +21,51 @@ class RecordFile:
     a read past the end of a damaged file would kill the process, and a map would have to grow with the file. The
     operating system's page cache is the cache all the same.
 
+    A copy of one that only reads has a descriptor of its own. One that writes cannot be copied, nor be used by a child
+    process: two writers would write over each other. None can be pickled: a descriptor means another file elsewhere.
+
     Args:
         descriptor: of a file opened for what is asked of it; closed with this object.
         record_bytes: size of a record.
         name: of the file, for messages.
+        writable: the descriptor may write.
     """
 
-    def __init__(self, descriptor: int, record_bytes: int, name: Path | str) -> None:
-        self.descriptor, self.record_bytes, self.name = descriptor, record_bytes, name
+    def __init__(
+        self, descriptor: int, record_bytes: int, name: Path | str, *, writable: bool = False
+    ) -> None:
+        self.record_bytes, self.name = record_bytes, name
+        self._descriptor, self._process = descriptor, os.getpid() if writable else None
         self.close = weakref.finalize(self, os.close, descriptor)  # again is no error
+
+    @property
+    def descriptor(self) -> int:
+        """Of the open file.
+
+        Raises:
+            TypeError: another process opened it for writing.
+            ValueError: it is closed, and the number may be another file's by now.
+        """
+        if self._process not in (None, os.getpid()):
+            raise TypeError(
+                f"{self.name} was opened for writing by another process; open the archive in this one"
+            )
+        if not self.close.alive:
+            raise ValueError(f"{self.name} is closed; open the archive again")
+        return self._descriptor
+
+    def __copy__(self) -> Self:
+        if self._process is not None:
+            raise TypeError(f"{self.name} is open for writing and cannot be copied")
+        return type(self)(os.dup(self.descriptor), self.record_bytes, self.name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.__copy__()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{self.name} is an open file and cannot be pickled; open the archive where it is used"
+        )
 
     def write(self, first: int, data: Tensor | bytes) -> None:
         """Write whole records, uint8 (n, record_bytes) or bytes, from number ``first`` on.
@@ -44,13 +81,6 @@ class RecordFile:
                 view, offset = view[written:], offset + written
         except OSError as error:
             raise DRTError(f"{self.name}: cannot be written: {error.strerror}") from error
-
-    def scatter(self, numbers: Tensor, data: Tensor) -> None:
-        """Write record i of ``data``, uint8 (m, record_bytes), as number ``numbers[i]``; raises as `write`."""
-        numbers, order = numbers.sort()
-        data = data[order]
-        for low, high in _runs(numbers):
-            self.write(int(numbers[low]), data[low:high])
 
     def read(self, numbers: Tensor) -> Tensor:
         """Records (m, record_bytes) uint8 of numbers (m,) int64; a record asked for twice is read once.

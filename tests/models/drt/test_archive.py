@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import hashlib
 import itertools
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from drt.data.token_stream import TokenStream
 from drt.errors import DRTError
-from drt.memory import Archive, ArchiveWriter, ChunkStore, DeviceStore, DiskStore, HostStore, verify_archive
+from drt.memory import Archive, ArchiveWriter, ChunkStore, DeviceStore, HostStore, verify_archive
 from drt.models.drt import DRTCache, DRTForCausalLM
 from drt.models.drt.archive_drt import describe_archive, read_documents
 from drt.models.drt.chunk_layout import upper_reach
@@ -85,7 +87,7 @@ def test_tiers_and_a_reopened_archive_give_the_same_logits(model: DRTForCausalLM
     expected = logits(model, read(model, TEXT))
     for dtype in ("float32", "bfloat16"):
         found = []
-        for store in (DeviceStore(dtype=dtype), HostStore(dtype), DiskStore(dtype=dtype)):
+        for store in (DeviceStore(dtype=dtype), HostStore(dtype)):
             found.append(logits(model, read(model, TEXT, store)))
         cache = read(model, TEXT, HostStore(dtype))
         description = describe_archive(model, ByT5Tokenizer(extra_ids=0), model_name="small", dtype=dtype)
@@ -129,6 +131,37 @@ def test_questions_in_a_batch_copy_nothing_and_leave_the_archive_alone(
         )
     assert cache.store._pages[0].page is held
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
+@pytest.mark.parametrize("kind", ["device", "host", "archive"])
+def test_copies_of_a_cache_go_their_own_ways(
+    model: DRTForCausalLM, tokenizer: ByT5Tokenizer, tmp_path: Path, kind: str
+) -> None:
+    """A text that is read once is copied for each way to go on, and the copies outlive it."""
+
+    def begun() -> DRTCache:
+        if kind == "archive":
+            return DRTCache.open(tmp_path / "a", model)
+        return read(model, TEXT, DeviceStore() if kind == "device" else HostStore("float32"))
+
+    build(model, tokenizer, tmp_path / "a", write(tmp_path / "texts", a=TEXT))
+    ways, question = (b"the first way to go on ", b"and another one "), b"what is line 7? "
+    expected = []
+    for way in ways:
+        cache = begun()
+        logits(model, cache, way)
+        expected.append(logits(model, cache, question))
+    copies = [copy.deepcopy(begun()) for _ in ways]
+    gc.collect()
+    others = [
+        (tmp_path / "texts" / "a").open("rb") for _ in range(8)
+    ]  # they take the numbers of closed files
+    for one, way in zip(copies, ways, strict=True):
+        logits(model, one, way)
+    for one, wanted in zip(copies, expected, strict=True):
+        assert torch.equal(logits(model, one, question), wanted)
+    for other in others:
+        other.close()
 
 
 def test_documents_share_no_chunk_and_no_window(
@@ -349,8 +382,8 @@ def test_a_bfloat16_model_reads_chunks_of_any_precision(
     cache = read(model, TEXT, DeviceStore(dtype=dtype))
     tokenizer = ByT5Tokenizer(extra_ids=0)
     cache.save(tmp_path / "a", describe_archive(model, tokenizer, model_name="small", dtype=dtype))
-    others = [read(model, TEXT, store) for store in (HostStore(dtype), DiskStore(dtype=dtype))]
-    for memory in (cache, *others, DRTCache.open(tmp_path / "a", model)):
+    host = read(model, TEXT, HostStore(dtype))
+    for memory in (cache, host, DRTCache.open(tmp_path / "a", model)):
         found = logits(model, memory)
         assert found.dtype == torch.bfloat16
         if dtype == "float32":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
-from drt.memory import DeviceStore, DiskStore, HostStore
+from drt.memory import DeviceStore, HostStore
 from drt.models.drt import DRTCache, DRTForCausalLM
 
 NEW = 9  # more than a chunk of the small model
@@ -309,7 +309,7 @@ def test_no_step_copies_the_mask_of_the_whole_text(make_model, ids, monkeypatch)
     assert all(later == [None, None] for later in shapes[1:])
 
 
-@pytest.mark.parametrize("store_type", [DeviceStore, HostStore, DiskStore])
+@pytest.mark.parametrize("store_type", [DeviceStore, HostStore])
 @pytest.mark.parametrize("rows", [1, 2])
 @torch.no_grad()
 def test_what_inference_mode_has_read_is_gone_on_with(make_model, ids, store_type, rows):

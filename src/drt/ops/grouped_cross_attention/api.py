@@ -92,7 +92,7 @@ def attend_gathered_chunks(
 ) -> torch.Tensor:
     """The mathematics of `grouped_cross_attention` on chunks that were already gathered.
 
-    For chunks that come from a host or disk tier, or that are gathered once and shared by several layers.
+    For chunks that come from host memory or an archive, or that are gathered once and shared by several layers.
 
     Args:
         query: (B, L, h, D), L = N * block_size.
