@@ -1,4 +1,4 @@
-"""Small baselines whose every parameter matters: random norm weights, GQA; float64, so that no choice tips over."""
+"""Small models whose every parameter matters: random norm weights, GQA; float64, so that no choice tips over."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ SMALL = {
     "eos_token_id": None,
 }
 OWN: dict[str, dict[str, object]] = {
+    "drt": {"chunk_size": 7, "retrieval_top_k": 2, "sliding_window": 10, "num_encoder_layers": 1},
     "window": {"sliding_window": 10},
     "full_attention": {},
     "block_recurrent": {"sliding_window": 10, "block_size": 7, "num_states": 5},
@@ -32,7 +33,11 @@ OWN: dict[str, dict[str, object]] = {
 def make_baseline() -> Callable[..., PreTrainedModel]:
     def make(model_type: str, **changes: object) -> PreTrainedModel:
         torch.manual_seed(0)
-        config = AutoConfig.for_model(model_type, **(SMALL | OWN[model_type] | changes))
+        sizes = SMALL | OWN[model_type] | changes
+        if model_type == "drt":
+            layers = sizes.pop("num_hidden_layers")
+            sizes |= {"num_lower_layers": 1, "num_upper_layers": layers, "num_groups": layers}
+        config = AutoConfig.for_model(model_type, **sizes)
         model = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -122,8 +122,22 @@ def test_inputs(make_model, inputs: dict[str, torch.Tensor], message: str) -> No
 
 IDS = torch.ones(2, 4, dtype=torch.long)
 AROUND = [
-    ({"attention_mask": mask([1, 1, 1, 1], [1, 1, 1, 0])}, "left padding .* got a zero after a one"),
-    ({"attention_mask": mask([1, 0, 1, 1], [1, 1, 1, 1])}, "left padding .* got a zero after a one"),
+    (
+        {"attention_mask": mask([1, 1, 1, 1], [1, 1, 1, 0]), "use_cache": True},
+        "left padding .* got a zero after a one",
+    ),
+    ({"attention_mask": mask([1, 0, 1, 1], [1, 1, 1, 1])}, "got a zero between ones"),
+    ({"attention_mask": mask([0, 1, 0, 1], [1, 1, 1, 1])}, "got a zero between ones"),
+    (
+        {"position_ids": mask([0, 1, 0, 1]), "use_cache": True},
+        "one document, got position_ids that begin again",
+    ),
+    ({"position_ids": mask([0, 1, 3, 4])}, "got 3 after 1 in row 0"),
+    ({"position_ids": mask([0, 1, 2, 3], [2, 3, 1, 2])}, "got 1 after 3 in row 1"),
+    (
+        {"position_ids": torch.ones(2, 3)},
+        r"position_ids must have the shape of the input, \(2, 4\), got \(2, 3\)",
+    ),
     ({"attention_mask": torch.ones(2, 3)}, r"\(2, 4\) for the new tokens or \(2, 4\) for all, got \(2, 3\)"),
     ({"attention_mask": torch.ones(1, 4)}, r"got \(1, 4\)"),
     ({"attention_mask": torch.ones(2, 1, 4, 4)}, r"got \(2, 1, 4, 4\)"),

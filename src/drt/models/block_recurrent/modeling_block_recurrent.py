@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from drt.layers.mlp import SwiGLU
 from drt.layers.recurrent_cell import RecurrentCell
@@ -16,7 +13,7 @@ from drt.layers.rms_norm import RMSNorm
 from drt.models.block_recurrent.cache_block_recurrent import RecurrentCacheLayer
 from drt.models.block_recurrent.configuration_block_recurrent import BlockRecurrentConfig
 from drt.models.common.cache import DecoderCache, WindowCacheLayer
-from drt.models.common.modeling import DecoderGenerationMixin, DecoderPreTrainedModel
+from drt.models.common.modeling import DecoderGenerationMixin, DecoderPreTrainedModel, StackModel
 from drt.models.window.modeling_window import WindowLayer
 
 
@@ -77,7 +74,7 @@ class BlockRecurrentPreTrainedModel(DecoderPreTrainedModel):
             init.ones_(module.gate_bias)  # a state changes slowly at first
 
 
-class BlockRecurrentModel(BlockRecurrentPreTrainedModel):
+class BlockRecurrentModel(BlockRecurrentPreTrainedModel, StackModel):
     """Token ids to hidden states."""
 
     def __init__(self, config: BlockRecurrentConfig) -> None:
@@ -90,30 +87,6 @@ class BlockRecurrentModel(BlockRecurrentPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: DecoderCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        chunk_ends: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Run the stack over new tokens; arguments as in `DecoderGenerationMixin.forward`."""
-        source, rows, cache = self.begin_pass(
-            input_ids, attention_mask, past_key_values, inputs_embeds, chunk_ends, use_cache
-        )
-        hidden_states = self.embed_tokens(source) if input_ids is not None else source
-        states = [None] * len(self.layers) if cache is None else cache.layers
-        for layer, state in zip(self.layers, states, strict=True):
-            hidden_states = layer(hidden_states, state)
-        hidden_states = rows.unpack(self.norm(hidden_states))
-        if cache is not None:
-            cache.finish(*hidden_states.shape[:2])
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=cache)
 
 
 class BlockRecurrentForCausalLM(DecoderGenerationMixin, BlockRecurrentPreTrainedModel):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from drt.models.common.rows import PackedRows
+from drt.models.common.columns import ReadColumns
+from drt.models.common.rows import NewTokens, PackedRows
 
 
 class GrowingCacheLayer(CacheLayerMixin):
@@ -147,18 +148,23 @@ class DecoderCache(Cache):
     def __init__(self, make_layers: Callable[[], list[Any]]) -> None:
         super().__init__(layers=make_layers())
         self.make_layers = make_layers
-        self.seen_tokens = 0  # columns of input, left padding included
+        self.columns = ReadColumns()
         self.held_rows: int | None = None
+
+    @property
+    def seen_tokens(self) -> int:
+        """Columns of input read so far, left padding included."""
+        return self.columns.length
 
     def begin(self, rows: PackedRows) -> None:
         """Tell the layers how long each row of the coming pass is."""
         for layer in self.layers:
             layer.row_lengths = rows.lengths
 
-    def finish(self, batch_size: int, length: int) -> None:
-        """Count what the pass has read."""
-        self.held_rows = batch_size
-        self.seen_tokens += length
+    def finish(self, output: Tensor, new: NewTokens) -> None:
+        """Count what the pass has read; output: (B, L, H)."""
+        self.held_rows = output.shape[0]
+        self.columns.add(output.shape[1], new.mask)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of input read so far, left padding included; this is what ``generate`` slices prompts by."""
@@ -173,6 +179,7 @@ class DecoderCache(Cache):
             return
         for layer in self.layers:
             layer.select_rows(rows)
+        self.columns.select_rows(rows)
         self.held_rows = len(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -198,7 +205,7 @@ class DecoderCache(Cache):
     def reset(self) -> None:
         """Forget everything; the next pass starts a new text."""
         self.layers = self.make_layers()
-        self.seen_tokens = 0
+        self.columns = ReadColumns()
         self.held_rows = None
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from drt.models.common.columns import ReadColumns
+from drt.models.common.rows import NewTokens
+
 
 @torch.compiler.disable
 def check_inputs(
@@ -12,16 +15,18 @@ def check_inputs(
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,
     attention_mask: Tensor | None,
+    position_ids: Tensor | None,
     chunk_ends: Tensor | None,
-    past: int,
-) -> Tensor | None:
-    """Check the inputs and return the mask of the new tokens, or ``None`` when no row has padding.
+    past: ReadColumns,
+) -> NewTokens:
+    """Check the inputs and say what the new columns are.
 
     Args:
         vocab_size: entries of the embedding.
         input_ids: (B, L), or ``None``.
         inputs_embeds: (B, L, H), or ``None``.
         attention_mask: (B, L) or (B, past + L).
+        position_ids: (B, L), (1, L) or (L,).
         chunk_ends: (B, L).
         past: columns of input that a cache has seen.
 
@@ -45,7 +50,9 @@ def check_inputs(
         raise ValueError(
             f"chunk_ends must have the shape of the input, {shape}, got {tuple(chunk_ends.shape)}"
         )
-    return None if attention_mask is None else _new_part_of_mask(attention_mask, shape, past)
+    mask = None if attention_mask is None else _new_part_of_mask(attention_mask, shape, past)
+    starts = None if position_ids is None else _document_starts(position_ids, mask, shape, past)
+    return NewTokens(mask, starts, mask is not None and bool((mask[:, :-1] & ~mask[:, 1:]).any()))
 
 
 def check_labels(labels: Tensor | None, source: Tensor | None) -> None:
@@ -64,17 +71,55 @@ def check_cache(cache: object, wanted: type, held_rows: int | None, batch_size: 
         raise ValueError(f"past_key_values holds {held_rows} rows, the input has {batch_size}")
 
 
-def _new_part_of_mask(mask: Tensor, shape: tuple[int, int], past: int) -> Tensor | None:
-    lengths = (shape[1], past + shape[1])
+def _new_part_of_mask(mask: Tensor, shape: tuple[int, int], past: ReadColumns) -> Tensor | None:
+    lengths = (shape[1], past.length + shape[1])
     if mask.dim() != 2 or mask.shape[0] != shape[0] or mask.shape[1] not in lengths:
         raise ValueError(
             f"attention_mask must be ({shape[0]}, {lengths[0]}) for the new tokens or ({shape[0]}, {lengths[1]}) for "
             f"all, got {tuple(mask.shape)}"
         )
-    new = mask[:, -shape[1] :].cpu() != 0
-    if bool((new[:, :-1] & ~new[:, 1:]).any()):
+    ones = mask.cpu() != 0
+    if ones.shape[1] > shape[1]:
+        past.check(ones[:, : -shape[1]])
+    new = ones[:, -shape[1] :]
+    if bool((new.long().diff(dim=1) > 0).sum(1).add(new[:, 0]).gt(1).any()):
         raise ValueError(
-            "attention_mask must be left padding (zeros, then ones), got a zero after a one. Text padded on the "
-            "right needs no mask: later positions are never seen; set labels to -100 there."
+            "attention_mask must be padding around one run of tokens (zeros, then ones, then zeros), got a zero "
+            "between ones"
         )
     return None if bool(new.all()) else new
+
+
+def _document_starts(
+    position_ids: Tensor, mask: Tensor | None, shape: tuple[int, int], past: ReadColumns
+) -> Tensor | None:
+    """(B, L) bool on the CPU, where another document begins inside a row; ``None`` where none does."""
+    positions = position_ids.cpu()
+    positions = positions.unsqueeze(0) if positions.dim() == 1 else positions
+    if positions.dim() != 2 or positions.shape[0] not in (1, shape[0]) or positions.shape[1] != shape[1]:
+        raise ValueError(
+            f"position_ids must have the shape of the input, {shape}, got {tuple(position_ids.shape)}"
+        )
+    positions = positions.expand(shape)
+    is_token = torch.ones(shape, dtype=torch.bool, device="cpu") if mask is None else mask
+    follows = is_token[:, 1:] & is_token[:, :-1]
+    starts = torch.zeros(shape, dtype=torch.bool, device="cpu")
+    starts[:, 1:] = follows & (positions[:, 1:] == 0)
+    wrong = (follows & ~starts[:, 1:] & (positions.diff(dim=1) != 1)).nonzero()
+    if len(wrong):
+        row, column = (int(x) for x in wrong[0])
+        before, after = positions[row, column : column + 2].tolist()
+        raise ValueError(
+            f"position_ids must go up by one, and begin again at 0 with another document, got {after} after {before} "
+            f"in row {row}"
+        )
+    read = past.tokens().expand(shape[0])
+    first = positions.gather(1, is_token.long().argmax(1, keepdim=True)).squeeze(1)
+    goes_on = (first == read) | (first == past.length) | (read == 0) | ~is_token.any(1)
+    if not bool(goes_on.all()):
+        row = int((~goes_on).nonzero()[0])
+        raise ValueError(
+            f"position_ids must go on from the {int(read[row])} tokens that past_key_values holds of row {row}, got "
+            f"{int(first[row])}"
+        )
+    return starts if bool(starts.any()) else None

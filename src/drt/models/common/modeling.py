@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from drt.models.common.cache import DecoderCache
+from drt.models.common.columns import ReadColumns
 from drt.models.common.configuration import DecoderConfig
 from drt.models.common.generation import OwnCacheGenerationMixin
 from drt.models.common.inputs import check_cache, check_inputs, check_labels
 from drt.models.common.loss import causal_loss, needs_no_logits
-from drt.models.common.rows import PackedRows, pack_rows
+from drt.models.common.rows import NewTokens, PackedRows, pack_rows
 from drt.ops.window_attention import alibi_slopes
+
+
+class Pass(NamedTuple):
+    """What a forward pass begins with: packed ids or embeddings, what the columns are, where they lie, the cache."""
+
+    source: Tensor
+    new: NewTokens
+    rows: PackedRows
+    cache: DecoderCache | None
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
@@ -44,38 +54,66 @@ class DecoderPreTrainedModel(PreTrainedModel):
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
+        position_ids: Tensor | None,
         past_key_values: DecoderCache | None,
         inputs_embeds: Tensor | None,
         chunk_ends: Tensor | None,
         use_cache: bool | None,
-    ) -> tuple[Tensor, PackedRows, DecoderCache | None]:
-        """Check the inputs; returns the packed ids or embeddings, where rows lie, and the cache to use, if any.
+    ) -> Pass:
+        """Check the inputs, pack the rows, choose the cache.
 
         Raises:
             ValueError: naming what was got and what is wanted.
         """
-        past = 0
-        if past_key_values is not None:
-            given = input_ids if input_ids is not None else inputs_embeds
-            rows_given = 0 if given is None else given.shape[0]
-            held_rows = getattr(past_key_values, "held_rows", None)
-            check_cache(past_key_values, DecoderCache, held_rows, rows_given)
-            past = past_key_values.seen_tokens
-        mask = check_inputs(
-            self.config.vocab_size, input_ids, inputs_embeds, attention_mask, chunk_ends, past
-        )
         source = input_ids if input_ids is not None else inputs_embeds
+        held = None
+        if past_key_values is not None:
+            held_rows = getattr(past_key_values, "held_rows", None)
+            check_cache(past_key_values, DecoderCache, held_rows, 0 if source is None else source.shape[0])
+            held = past_key_values.seen_tokens > 0
+        past = ReadColumns() if past_key_values is None else past_key_values.columns
+        new = check_inputs(
+            self.config.vocab_size, input_ids, inputs_embeds, attention_mask, position_ids, chunk_ends, past
+        )
         assert source is not None  # checked
-        rows = pack_rows(mask, source.device)
-        if use_cache is None:
-            use_cache = past_key_values is not None or (self.config.use_cache and not torch.is_grad_enabled())
-        if not use_cache:
-            if past:
-                raise ValueError("use_cache=False cannot continue from past_key_values that hold a text")
-            return rows.pack(source), rows, None
-        cache = self.make_cache() if past_key_values is None else past_key_values
-        cache.begin(rows)
-        return rows.pack(source), rows, cache
+        rows = pack_rows(new, (source.shape[0], source.shape[1]), source.device)
+        cache = None
+        if new.wants_cache(use_cache, held, self.config.use_cache):
+            cache = self.make_cache() if past_key_values is None else past_key_values
+            cache.begin(rows)
+        return Pass(rows.pack(source), new, rows, cache)
+
+
+class StackModel(DecoderPreTrainedModel):
+    """Token ids to hidden states: ``embed_tokens``, ``layers`` that take (B, P, H) and a state, ``norm``."""
+
+    embed_tokens: nn.Embedding
+    layers: nn.ModuleList
+    norm: nn.Module
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DecoderCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        chunk_ends: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the stack over new tokens; arguments as in `DecoderGenerationMixin.forward`."""
+        source, new, rows, cache = self.begin_pass(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, chunk_ends, use_cache
+        )
+        hidden_states = self.embed_tokens(source) if input_ids is not None else source
+        states = [None] * len(self.layers) if cache is None else cache.layers
+        for layer, state in zip(self.layers, states, strict=True):
+            hidden_states = layer(hidden_states, state)
+        hidden_states = rows.unpack(self.norm(hidden_states))
+        if cache is not None:
+            cache.finish(hidden_states, new)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=cache)
 
 
 class DecoderGenerationMixin(OwnCacheGenerationMixin):
@@ -105,14 +143,19 @@ class DecoderGenerationMixin(OwnCacheGenerationMixin):
 
         Args:
             input_ids: (B, L) int64.
-            attention_mask: (B, L) or (B, past + L), zeros only at the left: left padding.
-            position_ids: accepted and not needed: positions follow from the mask and the cache.
+            attention_mask: (B, L) or (B, past + L), zeros at padding: before a row's tokens, or without a cache behind
+                them too. What stands at padding in the output means nothing. For the columns that
+                ``past_key_values`` holds it must say what it said when they were read.
+            position_ids: (B, L), not needed: positions follow from the mask and the cache. Where they begin again at 0
+                inside a row another document begins, which sees nothing of the one before (packed rows, without a
+                cache; each is computed as a row of its own, padded to the longest).
             past_key_values: the state to continue from.
             inputs_embeds: (B, L, H) instead of ``input_ids``.
             labels: (B, L) token ids aligned with ``input_ids`` (shifted inside), -100 where nothing is scored.
             chunk_ends: (B, L), accepted so that a baseline trains on the same batches as DRT; not used.
             use_cache: return a state to continue from. Default: whether ``past_key_values`` is given, or
-                ``config.use_cache`` where there are no ``labels`` and no gradient is recorded.
+                ``config.use_cache`` where there are no ``labels``, no gradient is recorded and every row is one
+                document without padding behind it.
             logits_to_keep: logits of the last n positions only (0: all), or of the positions in a tensor.
 
         Raises:
@@ -124,6 +167,7 @@ class DecoderGenerationMixin(OwnCacheGenerationMixin):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             chunk_ends=chunk_ends,

@@ -14,6 +14,8 @@ from drt.errors import DRTError
 from drt.layers.grouped_cross_attention import RetrievedMemory
 from drt.memory import Archive, ArchiveDescription, ArchiveWriter, ChunkStore, DeviceStore
 from drt.models.common.cache import WindowCacheLayer
+from drt.models.common.columns import ReadColumns
+from drt.models.common.rows import NewTokens
 from drt.models.drt.chunk_layout import ChunkLayout
 from drt.models.drt.configuration_drt import DRTConfig
 from drt.models.drt.fingerprint import model_fingerprint
@@ -40,7 +42,7 @@ class DRTCache(Cache):
         )
         self.num_lower_layers = config.num_lower_layers
         self.store: ChunkStore = DeviceStore() if store is None else store
-        self.seen_tokens = 0  # columns of input, left padding included
+        self.columns = ReadColumns()
         self.open_states: Tensor | None = (
             None  # (B, S, H) lower-decoder outputs of the open chunk, first slots first
         )
@@ -51,6 +53,11 @@ class DRTCache(Cache):
         self.closed_counts: Tensor | None = None  # (B,) on the CPU: chunks closed so far
         self.selections: list[RetrievedMemory | None] = [None] * len(config.layers_per_group)
         self.archive: Archive | None = None  # where the chunk memory was opened from
+
+    @property
+    def seen_tokens(self) -> int:
+        """Columns of input read so far, left padding included."""
+        return self.columns.length
 
     @classmethod
     def open(cls, archive: Archive | Path | str, model: PreTrainedModel) -> Self:
@@ -170,9 +177,9 @@ class DRTCache(Cache):
         for number, layer in enumerate(self.layers):
             layer.row_lengths = lower if number < self.num_lower_layers else upper
 
-    def finish(self, layout: ChunkLayout, length: int) -> None:
+    def finish(self, layout: ChunkLayout, length: int, new: NewTokens) -> None:
         """Count what the pass has read."""
-        self.seen_tokens += length
+        self.columns.add(length, new.mask)
         self.open_lengths = layout.open_lengths
         closed = layout.closed_counts
         self.closed_counts = closed if self.closed_counts is None else self.closed_counts + closed
@@ -189,6 +196,7 @@ class DRTCache(Cache):
         for layer in self.layers:
             layer.select_rows(rows)
         self.store.select_rows(rows)
+        self.columns.select_rows(rows)
         if self.open_states is not None:
             self.open_states = self.open_states[rows]
         if self.open_ids is not None:
@@ -233,7 +241,7 @@ class DRTCache(Cache):
         self.store.clear()
         for layer in self.layers:
             layer.forget()
-        self.seen_tokens = 0
+        self.columns = ReadColumns()
         self.open_states = self.open_ids = self.open_lengths = self.closed_counts = None
         self.selections = [None] * len(self.selections)
 

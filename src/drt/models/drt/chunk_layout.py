@@ -111,6 +111,11 @@ def upper_reach(config: DRTConfig, kept: int) -> int:
     return 2 * kept + sum((layers - 1) * window + landmark for layers in config.layers_per_group)
 
 
+def kept_columns(kept: int | Tensor | None) -> slice | Tensor:
+    """What to take of the columns for the last ``kept`` of them, for those in a tensor, or for all."""
+    return kept if isinstance(kept, Tensor) else slice(None if kept is None else -kept, None)
+
+
 @torch.compiler.disable
 def build_chunk_layout(
     batch_size: int,
@@ -132,7 +137,8 @@ def build_chunk_layout(
         length: new tokens L of each row, left padding included.
         chunk_size: tokens S of a full chunk.
         landmark_predicts: a landmark uses its own chunk's selection and predicts for the chunk's last token.
-        attention_mask: (B, L), nonzero for tokens, zero for left padding. ``None``: no padding.
+        attention_mask: (B, L), nonzero for tokens, zero for padding before and, without a cache, behind them.
+            ``None``: no padding.
         chunk_ends: (B, L) bool, close the open chunk after this token. ``None``: only full chunks close.
         open_lengths: (B,) tokens already in each row's open chunk; ``None`` for a first pass.
         kept: hidden states wanted, of the last tokens of each row or of the columns in a tensor; ``None``: of all.
@@ -189,20 +195,18 @@ def _layout(
     chunk_lengths[close_row, close_chunk] = offset[close_row, close_column] + 1
     selection[close_row, close_position] = close_chunk + int(landmark_predicts)
 
-    output_position = position + (closes.long() if landmark_predicts else 0)
+    output_position = torch.where(is_token, position + (closes.long() if landmark_predicts else 0), -1)
     carried = 0 if open_lengths is None else chunk_size
     grid = _chunk_grid(is_token, chunk, offset, position, carried_lengths, carried, num_closed, chunk_size)
     grid = grid + rows.unsqueeze(2) * (carried + compact_length)
-    columns = kept.cpu() if isinstance(kept, Tensor) else slice(None if kept is None else -kept, None)
-    output_position = output_position[:, columns]
+    output_position = output_position[:, kept_columns(kept.cpu() if isinstance(kept, Tensor) else kept)]
     upper = _upper(row_lengths, is_landmark, selection, output_position, reach, device)
 
     def place(tensor: Tensor) -> Tensor:
         return tensor.to(device)
 
-    last_offset = (offset * is_token).flip(1)[
-        :, 0
-    ] + 1  # left padding: the last column is a token, or the row has none
+    # With a cache, which alone asks: the last column is a token, or the row has none.
+    last_offset = (offset * is_token)[:, -1] + 1
     stays_open = torch.where(is_token[:, -1], torch.where(closes[:, -1], 0, last_offset), carried_lengths)
     return ChunkLayout(
         row_lengths=row_lengths,
@@ -233,7 +237,7 @@ def _close_chunks(
 ) -> tuple[Tensor, Tensor]:
     """Each token's offset in its chunk, and whether the chunk closes after it; both (B, L)."""
     column = torch.arange(is_token.shape[1]).expand_as(is_token)
-    first = (~is_token).sum(1, keepdim=True)
+    first = is_token.long().argmax(1, keepdim=True)
     region_start = first - carried_lengths.unsqueeze(1)  # where the chunks are counted from
     if chunk_ends is None:
         offset = (column - region_start) % chunk_size

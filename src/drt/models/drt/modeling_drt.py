@@ -23,8 +23,9 @@ from drt.layers.rms_norm import RMSNorm
 from drt.layers.window_attention import WindowAttention, WindowState
 from drt.models.common.generation import OwnCacheGenerationMixin
 from drt.models.common.loss import causal_loss, needs_no_logits
+from drt.models.common.rows import NewTokens, PackedRows, pack_rows
 from drt.models.drt.cache_drt import DRTCache
-from drt.models.drt.chunk_layout import ChunkLayout, build_chunk_layout, upper_reach
+from drt.models.drt.chunk_layout import ChunkLayout, build_chunk_layout, kept_columns, upper_reach
 from drt.models.drt.configuration_drt import DRTConfig
 from drt.models.drt.layers_drt import DRTLowerLayer, DRTUpperLayer
 from drt.models.drt.memory_drt import ChunkMemory, Retrieval
@@ -138,37 +139,55 @@ class DRTModel(DRTPreTrainedModel):
 
         Args:
             input_ids: (B, L) int64.
-            attention_mask: (B, L) or (B, past + L), zeros only at the left: left padding.
-            position_ids: accepted and not needed: positions follow from the mask and the cache.
+            attention_mask: (B, L) or (B, past + L), zeros at padding: before a row's tokens, or without a cache behind
+                them too. What stands at padding in the output means nothing. For the columns that
+                ``past_key_values`` holds it must say what it said when they were read.
+            position_ids: (B, L), not needed: positions follow from the mask and the cache. Where they begin again at 0
+                inside a row another document begins, which sees nothing of the one before (packed rows, without a
+                cache; each is computed as a row of its own, padded to the longest, and counts as one in what
+                ``output_retrieval`` returns).
             past_key_values: the state to continue from.
             inputs_embeds: (B, L, H) instead of ``input_ids``.
             chunk_ends: (B, L) bool: close the open chunk after this token.
             use_cache: return a state to continue from. Default: whether ``past_key_values`` is given, or
-                ``config.use_cache`` where no gradient is recorded.
+                ``config.use_cache`` where no gradient is recorded and every row is one document without padding behind
+                it.
             output_retrieval: also return what each group retrieved.
             states_to_keep: hidden states of the last n tokens only (0: all), or of the columns in a tensor.
 
         Raises:
             ValueError: for input that cannot be laid out; the message names what was got and what is wanted.
         """
-        mask = check_inputs(
-            self.config, input_ids, inputs_embeds, attention_mask, chunk_ends, past_key_values
+        new = check_inputs(
+            self.config,
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            chunk_ends,
+            past_key_values,
         )
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache(past_key_values, use_cache, new)
         source = input_ids if input_ids is not None else inputs_embeds
         assert source is not None  # checked
-        batch_size, length = source.shape[:2]
+        length = source.shape[1]
+        rows, mask = PackedRows(None, None, None), new.mask
+        if new.starts is not None:
+            rows = pack_rows(new, (source.shape[0], length), source.device)
+            source, mask = rows.pack(source), rows.mask()
+            chunk_ends = None if chunk_ends is None else rows.pack(chunk_ends.to(source.device))
+        kept = states_to_keep if isinstance(states_to_keep, Tensor) else states_to_keep or None
         last = states_to_keep if isinstance(states_to_keep, int) else 0
         only_read = last and cache is not None and not output_retrieval and not torch.is_grad_enabled()
         layout = build_chunk_layout(
-            batch_size,
-            length,
+            source.shape[0],
+            source.shape[1],
             self.config.chunk_size,
             landmark_predicts=self.config.landmark_predicts,
             attention_mask=mask,
             chunk_ends=chunk_ends,
             open_lengths=None if cache is None else cache.open_lengths,
-            kept=states_to_keep if isinstance(states_to_keep, Tensor) else last or None,
+            kept=kept if new.starts is None else None,
             reach=upper_reach(self.config, last) if only_read else None,
             device=source.device,
         )
@@ -184,9 +203,12 @@ class DRTModel(DRTPreTrainedModel):
         upper_states = states[len(self.lower_layers) :]
         hidden_states, retrieved = self._upper(hidden_states, layout, memory, upper_states)
         if cache is not None:
-            cache.finish(layout, length)
+            cache.finish(layout, length, new)
+        hidden_states = rows.unpack(self.norm(hidden_states))
+        if new.starts is not None:
+            hidden_states = hidden_states[:, kept_columns(kept)]
         return DRTModelOutput(
-            last_hidden_state=self.norm(hidden_states),
+            last_hidden_state=hidden_states,
             past_key_values=cache,
             chunk_indices=tuple(memory.chunk_indices[:, 1:] for memory in retrieved)
             if output_retrieval
@@ -216,7 +238,7 @@ class DRTModel(DRTPreTrainedModel):
             raise ValueError(
                 "a model with retrieval=False has no chunk memory: there is nothing to remember in"
             )
-        check_inputs(self.config, input_ids, None, None, chunk_ends, cache)
+        new = check_inputs(self.config, input_ids, None, None, None, chunk_ends, cache)
         batch_size, length = input_ids.shape
         layout = build_chunk_layout(
             batch_size,
@@ -234,15 +256,14 @@ class DRTModel(DRTPreTrainedModel):
         for layer, state in zip(self.lower_layers, cache.layers, strict=False):
             hidden_states = layer(hidden_states, state)
         self._remember(input_ids, hidden_states, layout, cache)
-        cache.finish(layout, length)
+        cache.finish(layout, length, new)
         cache.drop_upper()
 
-    def _cache(self, past_key_values: DRTCache | None, use_cache: bool | None) -> DRTCache | None:
-        if use_cache is None:
-            use_cache = past_key_values is not None or (self.config.use_cache and not torch.is_grad_enabled())
-        if not use_cache:
-            if past_key_values is not None and past_key_values.open_lengths is not None:
-                raise ValueError("use_cache=False cannot continue from past_key_values that hold a text")
+    def _cache(
+        self, past_key_values: DRTCache | None, use_cache: bool | None, new: NewTokens
+    ) -> DRTCache | None:
+        held = None if past_key_values is None else past_key_values.open_lengths is not None
+        if not new.wants_cache(use_cache, held, self.config.use_cache):
             return None
         if torch.is_grad_enabled():
             logger.warning_once(

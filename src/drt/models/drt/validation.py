@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from drt.models.common import inputs
+from drt.models.common.columns import ReadColumns
 from drt.models.common.inputs import check_labels
+from drt.models.common.rows import NewTokens
 from drt.models.drt.cache_drt import DRTCache
 from drt.models.drt.configuration_drt import DRTConfig
 
@@ -19,19 +21,22 @@ def check_inputs(
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,
     attention_mask: Tensor | None,
+    position_ids: Tensor | None,
     chunk_ends: Tensor | None,
     past_key_values: DRTCache | None,
-) -> Tensor | None:
-    """Check the inputs and return the mask of the new tokens, or ``None`` when no row has padding.
+) -> NewTokens:
+    """Check the inputs and say what the new columns are.
 
     Raises:
         ValueError: naming what was got and what is wanted.
     """
     given = input_ids if input_ids is not None else inputs_embeds
-    past = 0
+    past = ReadColumns()
     if past_key_values is not None and given is not None:
         open_lengths = getattr(past_key_values, "open_lengths", None)
         held_rows = None if open_lengths is None else len(open_lengths)
         inputs.check_cache(past_key_values, DRTCache, held_rows, given.shape[0])
-        past = past_key_values.seen_tokens
-    return inputs.check_inputs(config.vocab_size, input_ids, inputs_embeds, attention_mask, chunk_ends, past)
+        past = past_key_values.columns
+    return inputs.check_inputs(
+        config.vocab_size, input_ids, inputs_embeds, attention_mask, position_ids, chunk_ends, past
+    )

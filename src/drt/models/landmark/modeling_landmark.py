@@ -90,8 +90,8 @@ class LandmarkModel(LandmarkPreTrainedModel):
 
         Chunks are always full: ``chunk_ends`` is not used.
         """
-        source, rows, cache = self.begin_pass(
-            input_ids, attention_mask, past_key_values, inputs_embeds, chunk_ends, use_cache
+        source, new, rows, cache = self.begin_pass(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, chunk_ends, use_cache
         )
         batch_size, length = source.shape[:2]
         held = None if cache is None else cache.layers[0].lengths
@@ -108,7 +108,7 @@ class LandmarkModel(LandmarkPreTrainedModel):
         hidden_states = self.norm(hidden_states.flatten(0, 1)[layout.output_index])
         hidden_states = rows.unpack(hidden_states)
         if cache is not None:
-            cache.finish(*hidden_states.shape[:2])
+            cache.finish(hidden_states, new)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=cache)
 
     def _embed(self, source: Tensor, layout: LandmarkRows) -> Tensor:

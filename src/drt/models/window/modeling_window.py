@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from drt.layers.mlp import SwiGLU
 from drt.layers.rms_norm import RMSNorm
 from drt.layers.window_attention import WindowAttention, WindowState
 from drt.models.common.cache import DecoderCache, WindowCacheLayer
-from drt.models.common.modeling import DecoderGenerationMixin, DecoderPreTrainedModel
+from drt.models.common.modeling import DecoderGenerationMixin, DecoderPreTrainedModel, StackModel
 from drt.models.window.configuration_window import WindowConfig
 
 
@@ -53,7 +50,7 @@ class WindowPreTrainedModel(DecoderPreTrainedModel):
         )
 
 
-class WindowModel(WindowPreTrainedModel):
+class WindowModel(WindowPreTrainedModel, StackModel):
     """Token ids to hidden states."""
 
     def __init__(self, config: WindowConfig) -> None:
@@ -63,30 +60,6 @@ class WindowModel(WindowPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: DecoderCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        chunk_ends: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Run the stack over new tokens; arguments as in `DecoderGenerationMixin.forward`."""
-        source, rows, cache = self.begin_pass(
-            input_ids, attention_mask, past_key_values, inputs_embeds, chunk_ends, use_cache
-        )
-        hidden_states = self.embed_tokens(source) if input_ids is not None else source
-        states = [None] * len(self.layers) if cache is None else cache.layers
-        for layer, state in zip(self.layers, states, strict=True):
-            hidden_states = layer(hidden_states, state)
-        hidden_states = rows.unpack(self.norm(hidden_states))
-        if cache is not None:
-            cache.finish(*hidden_states.shape[:2])
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=cache)
 
 
 class WindowForCausalLM(DecoderGenerationMixin, WindowPreTrainedModel):
