@@ -56,6 +56,32 @@ def test_a_run_starts_from_a_checkpoint(start: Path, make_config: MakeConfig) ->
     assert not torch.equal(build_model(fresh).lm_head.weight, held["lm_head.weight"])
 
 
+def test_the_task_says_whether_a_prompt_closes_its_chunk(
+    start: Path, make_config: MakeConfig, corpus: Path
+) -> None:
+    data = CorpusConfig(corpus=str(corpus), sequence_length=64)
+    fields = make_config().model
+
+    def text(**settings: Any) -> Any:
+        settings = {"model": fields, **settings}
+        return build_model(
+            LanguageModelConfig(task="language_model", output_dir="unused", data=data, **settings)
+        )
+
+    wanted = {
+        False: [text(), text(init_from=str(start), model={})],
+        True: [
+            text(model={**fields, "close_prompt": True}),
+            text(init_from=str(start), model={"close_prompt": True}),
+            build_model(make_config()),
+            build_model(make_config(init_from=str(start), model={}, chunk_size=15)),
+        ],
+    }
+    for closes, models in wanted.items():
+        for model in models:
+            assert (model.config.close_prompt, model.generation_config.close_prompt) == (closes, closes)
+
+
 def test_a_run_from_a_checkpoint_is_resumed_bit_for_bit(
     start: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from drt.data.needle_mix import NeedleMixConfig
 from drt.errors import DRTError
@@ -157,7 +157,8 @@ class RunConfig:
     Args:
         output_dir: folder of the run: checkpoints, logs and, at the end, `final`.
         model: `model_type` (default `drt`) and fields of that model's configuration. With init_from: what is not
-            named is as in the checkpoint, and what is named must be, but for `gumbel_noise`.
+            named is as in the checkpoint, and what is named must be, but for `gumbel_noise` and `close_prompt`, whose
+            default is `closes_prompts`.
         init_from: folder of the checkpoint whose weights the run starts from, such as another run's `final`; null:
             fresh weights.
         optimizer: optimizer and learning-rate schedule.
@@ -171,6 +172,10 @@ class RunConfig:
         compile: train through `torch.compile`.
         gradient_checkpointing: keep only the layers' inputs and compute the rest again in the backward pass.
     """
+
+    closes_prompts: ClassVar[bool] = (
+        True  # the rows hold prompts, whose last chunks close where an answer begins
+    )
 
     output_dir: str
     model: dict[str, Any]
@@ -346,6 +351,8 @@ class LanguageModelConfig(RowsConfig):
         data: the corpus and its rows.
         Others as in `RowsConfig`.
     """
+
+    closes_prompts: ClassVar[bool] = False
 
     task: str
     data: CorpusConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -23,6 +23,7 @@ from drt.data.corpus import TOKENIZER, read_manifest
 from drt.data.tokenizer import fingerprint
 from drt.data.tokenizer import load_tokenizer as load_named_tokenizer
 from drt.errors import DRTError
+from drt.models.drt import DRTConfig
 from drt.models.loading import load_model, load_model_config, load_tokenizer
 from drt.train.config import LanguageModelConfig, RunConfig
 
@@ -56,8 +57,10 @@ def build_model(config: RunConfig) -> PreTrainedModel:
     if config.init_from is None:
         return AutoModelForCausalLM.from_config(model_config)
     model, _ = load_model(config.init_from, torch.float32)
-    if hasattr(model_config, "gumbel_noise"):
+    if isinstance(model_config, DRTConfig):
         model.config.gumbel_noise = model_config.gumbel_noise
+        model.config.close_prompt = model_config.close_prompt
+        cast(Any, model.generation_config).close_prompt = model_config.close_prompt
     return model
 
 
@@ -70,7 +73,7 @@ def make_model_config(config: RunConfig) -> PreTrainedConfig:
     """
     fields = dict(config.model)
     if config.init_from is not None:
-        return _checkpoint_config(config.init_from, fields)
+        return _checkpoint_config(config, config.init_from)
     if isinstance(config, LanguageModelConfig) and "vocab_size" not in fields:
         fields |= _vocabulary_fields(config)
     model_type = fields.pop("model_type", "drt")
@@ -78,7 +81,7 @@ def make_model_config(config: RunConfig) -> PreTrainedConfig:
         config_class = type(AutoConfig.for_model(model_type))
     except ValueError as error:
         raise DRTError(f"model.model_type: wanted drt or a baseline's, got {model_type!r}") from error
-    return _make(config_class, fields)
+    return _make(config_class, _prompt_fields(config, config_class) | fields)
 
 
 def _corpus_tokenizer(config: LanguageModelConfig) -> Any:
@@ -111,8 +114,14 @@ def _vocabulary_fields(config: LanguageModelConfig) -> dict[str, Any]:
     )
 
 
-def _checkpoint_config(folder: str, fields: dict[str, Any]) -> PreTrainedConfig:
-    """The checkpoint's configuration; what the model section names must be in it, but for the noise in training."""
+def _prompt_fields(config: RunConfig, kind: type[PreTrainedConfig]) -> dict[str, Any]:
+    """What a model of that configuration must know of the rows that it learns from."""
+    return {"close_prompt": config.closes_prompts} if issubclass(kind, DRTConfig) else {}
+
+
+def _checkpoint_config(config: RunConfig, folder: str) -> PreTrainedConfig:
+    """The checkpoint's configuration; what the model section names must be in it, but for what belongs to a run."""
+    fields = dict(config.model)
     held = load_model_config(folder)
     kind = type(held)
     model_type = fields.pop("model_type", held.model_type)
@@ -120,14 +129,15 @@ def _checkpoint_config(folder: str, fields: dict[str, Any]) -> PreTrainedConfig:
         raise _other_architecture(folder, [("model_type", held.model_type, model_type)])
     _check_names(kind, fields)
     own = {name: getattr(held, name) for name in _field_names(kind)}
-    noise = {name: fields.pop(name) for name in ("gumbel_noise",) if name in fields}
+    of_run = _prompt_fields(config, kind)
+    of_run |= {name: fields.pop(name) for name in ("gumbel_noise", "close_prompt") if name in fields}
 
     def refuse(here: dict[str, Any]) -> None:
         if differing := [(name, own[name], value) for name, value in here.items() if value != own[name]]:
             raise _other_architecture(folder, differing)
 
     try:
-        wanted = _make(kind, own | fields | noise)  # null stands for a value that follows from others
+        wanted = _make(kind, own | fields | of_run)  # null stands for a value that follows from others
     except DRTError:  # a field that differs need not fit the rest of the checkpoint
         refuse({name: value for name, value in fields.items() if value is not None})
         raise

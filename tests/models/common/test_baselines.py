@@ -119,6 +119,20 @@ def test_generation(make_baseline, ids, name, changes):
 
 @pytest.mark.parametrize(("name", "changes"), ONE_EACH)
 @torch.no_grad()
+def test_a_long_prompt_is_read_in_slices_by_default(make_baseline, ids, monkeypatch, name, changes):
+    monkeypatch.setattr("drt.models.common.generation.PREFILL_CHUNK_SIZE", 16)
+    model = make_baseline(name, **changes)
+    lengths = []
+    model.model.register_forward_pre_hook(
+        lambda _, __, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    said = model.generate(ids[:, :40], **GREEDY)
+    assert lengths[:4] == [16, 16, 8, 1]
+    assert torch.equal(said, model.generate(ids[:, :40], prefill_chunk_size=None, **GREEDY))
+
+
+@pytest.mark.parametrize(("name", "changes"), ONE_EACH)
+@torch.no_grad()
 def test_ragged_generation_and_beams(make_baseline, ids, name, changes):
     model = make_baseline(name, **changes)
     mask = torch.ones_like(ids)

@@ -20,6 +20,7 @@ from drt.memory import Archive, ArchiveWriter, ChunkStore, DeviceStore, HostStor
 from drt.models.drt import DRTCache, DRTForCausalLM
 from drt.models.drt.archive_drt import describe_archive, read_documents
 from drt.models.drt.chunk_layout import upper_reach
+from drt.models.drt.fingerprint import model_fingerprint
 
 TEXT = "".join(f"line {n}: {n * n % 1009}\n" for n in range(60)).encode()
 
@@ -389,3 +390,13 @@ def test_a_bfloat16_model_reads_chunks_of_any_precision(
         if dtype == "float32":
             assert torch.equal(found, expected)
         assert (found - expected).float().norm() < 0.05 * expected.float().norm()
+
+
+def test_settings_that_change_no_computation_change_no_fingerprint(make_model):
+    model = make_model()
+    made_by = model_fingerprint(model)
+    model.config.close_prompt = False
+    model.config.use_cache = False
+    assert model_fingerprint(model) == made_by
+    model.config.sink = not model.config.sink
+    assert model_fingerprint(model) != made_by

@@ -67,6 +67,7 @@ def test_settings(parameters):
     assert (config.sliding_window, config.chunk_size, config.retrieval_top_k) == (41, 63, 2)
     assert (config.num_lower_layers, config.num_upper_layers, config.num_groups) == (2, 2, 1)
     assert (config.sink, config.landmark_predicts, config.position_embedding) == (True, False, "alibi")
+    assert config.close_prompt is False, "their training closes no chunk early"
     other = config_from_authors(SETTINGS | {"enable_alibi": False, "decoder_layers": [3, 2, 2]})
     assert (other.position_embedding, other.num_upper_layers, other.num_groups) == ("rope", 4, 2)
 

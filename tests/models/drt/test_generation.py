@@ -87,6 +87,73 @@ def test_the_prompt_closes_its_chunk(make_model, ids):
     assert not torch.equal(model.generate(ids, **GREEDY), greedy_by_hand(model, ids))
 
 
+@pytest.mark.parametrize("where", ["argument", "generation_config", "own generation_config", "config"])
+@pytest.mark.parametrize("use_cache", [True, False])
+@torch.no_grad()
+def test_close_prompt_is_one_switch(make_model, ids, where, use_cache):
+    """Off, `generate` is the function that `forward` is."""
+    model = make_model(close_prompt=where != "config")
+    settings: dict[str, object] = {**GREEDY, "use_cache": use_cache}
+    assert model.generation_config.close_prompt is (where != "config")
+    if where == "argument":
+        settings["close_prompt"] = False
+    elif where == "generation_config":
+        model.generation_config.close_prompt = False
+    elif where == "own generation_config":
+        settings = {"generation_config": GenerationConfig(**settings, close_prompt=False)}
+    assert torch.equal(model.generate(ids, **settings), greedy_by_hand(model, ids))
+    if where == "config":
+        closed = greedy_by_hand(model, ids, ids.shape[1])
+        assert torch.equal(model.generate(ids, close_prompt=True, **settings), closed)
+
+
+@torch.no_grad()
+def test_close_prompt_is_saved_with_the_model(make_model, ids, tmp_path):
+    model = make_model(close_prompt=False)
+    model.save_pretrained(tmp_path)
+    loaded = DRTForCausalLM.from_pretrained(tmp_path)
+    assert (loaded.config.close_prompt, loaded.generation_config.close_prompt) == (False, False)
+    (tmp_path / "generation_config.json").unlink()  # the configuration is its default
+    loaded = DRTForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.generate(ids, **GREEDY), greedy_by_hand(model, ids))
+    closed = greedy_by_hand(model, ids, ids.shape[1])
+    assert torch.equal(loaded.generate(ids, close_prompt=True, **GREEDY), closed)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("whole_text", [True, False], ids=["whole text", "new tokens only"])
+@torch.no_grad()
+def test_a_call_that_goes_on_with_an_answer_closes_nothing(make_model, prompts, rule, whole_text):
+    model = make_model(**rule)
+    ragged = left_padded(prompts)
+    expected = model.generate(**ragged, **GREEDY)
+    text, mask, cache = ragged["input_ids"], ragged["attention_mask"], None
+    for count in (1, 1, 3, NEW - 5):
+        said = model.generate(
+            text if whole_text or cache is None else text[:, -1:],
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=count,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+        cache, new = said.past_key_values, said.sequences[:, -count:]
+        text = torch.cat([text, new], 1)
+        mask = torch.cat([mask, torch.ones_like(new)], 1)
+    assert torch.equal(text, expected)
+
+
+@torch.no_grad()
+def test_text_read_after_an_answer_is_a_prompt_again(make_model, ids):
+    model = make_model()
+    cache = model.generate(ids[:, :20], return_dict_in_generate=True, **GREEDY).past_key_values
+    first = model.generate(ids[:, :20], **GREEDY)
+    text = torch.cat([first, ids[:, 20:40]], 1)
+    model(text[:, cache.get_seq_length() : -1], past_key_values=cache)
+    answer = model.generate(text, past_key_values=cache, **GREEDY)
+    assert torch.equal(answer, greedy_by_hand(model, text, 20, text.shape[1]))
+
+
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("use_cache", [True, False])
 @torch.no_grad()
@@ -119,6 +186,20 @@ def test_prefill_in_slices(make_model, ids, prompts, size):
     ragged = left_padded(prompts)
     expected = model.generate(**ragged, **GREEDY)
     assert torch.equal(model.generate(**ragged, prefill_chunk_size=size, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("more", [{}, {"num_beams": 2}, {"use_cache": False}], ids=str)
+@torch.no_grad()
+def test_a_long_prompt_is_read_in_slices_by_default(make_model, ids, monkeypatch, more):
+    whole = make_model().generate(ids, **GREEDY, **more)
+    monkeypatch.setattr("drt.models.common.generation.PREFILL_CHUNK_SIZE", 16)
+    model = make_model()
+    lengths = []
+    model.model.register_forward_pre_hook(
+        lambda _, __, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    assert torch.equal(model.generate(ids, **GREEDY, **more), whole)
+    assert lengths[:5] == ([16, 16, 16, 13, 1] if "use_cache" not in more else [61, 62, 63, 64, 65])
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

@@ -4,15 +4,33 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
+PREFILL_CHUNK_SIZE = 8192  # tokens of a pass over a prompt, so that its memory does not grow with the prompt
+
 
 class OwnCacheGenerationMixin(GenerationMixin):
-    """`generate` with the model's own cache, copying nothing that grows with the text for every token."""
+    """`generate` with the model's own cache, copying nothing that grows with the text for every token.
+
+    It goes before the library's base class: a model's generation configuration begins with `generation_defaults`.
+    """
 
     cache_class: ClassVar[type[Cache]]
+
+    def generation_defaults(self) -> dict[str, Any]:
+        """Fields of the generation configuration that a new model has."""
+        return {"prefill_chunk_size": PREFILL_CHUNK_SIZE}
+
+    def post_init(self) -> None:
+        """End of the model's constructor."""
+        super().post_init()  # type: ignore[misc]  # of PreTrainedModel
+        self.generation_config.update(**self.generation_defaults(), allow_custom_entries=True)
+        self.generation_config._from_model_config = (
+            False  # else fields that the library lacks are lost on loading
+        )
 
     def make_cache(self) -> Cache:
         """An empty cache."""
@@ -35,6 +53,21 @@ class OwnCacheGenerationMixin(GenerationMixin):
                 )
             model_kwargs["past_key_values"] = self.make_cache()
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Read a prompt in slices only where there is a cache to read it into, and more than one slice."""
+        size = generation_config.prefill_chunk_size
+        slices = model_kwargs.get("past_key_values") is not None and model_kwargs.get("inputs_embeds") is None
+        if size is not None and not (slices and input_ids.shape[1] > size):
+            generation_config.prefill_chunk_size = None
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc,arg-type]
 
     def _update_model_kwargs_for_generation(
         self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

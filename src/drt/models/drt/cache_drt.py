@@ -43,6 +43,8 @@ class DRTCache(Cache):
         self.num_lower_layers = config.num_lower_layers
         self.store: ChunkStore = DeviceStore() if store is None else store
         self.columns = ReadColumns()
+        # `seen_tokens` when `generate` chose its last token, which is unread
+        self.answered_tokens: int | None = None
         self.open_states: Tensor | None = (
             None  # (B, S, H) lower-decoder outputs of the open chunk, first slots first
         )
@@ -162,6 +164,7 @@ class DRTCache(Cache):
         """The next token begins another text: it sees none of the last one but by retrieval."""
         for layer in self.layers:
             layer.forget()
+        self.answered_tokens = None
         self.open_states = self.open_ids = self.open_lengths = None
         self.selections = [None] * len(self.selections)
 
@@ -242,6 +245,7 @@ class DRTCache(Cache):
         for layer in self.layers:
             layer.forget()
         self.columns = ReadColumns()
+        self.answered_tokens = None
         self.open_states = self.open_ids = self.open_lengths = self.closed_counts = None
         self.selections = [None] * len(self.selections)
 

@@ -39,6 +39,9 @@ class DRTConfig(PreTrainedConfig):
         sink: softmax-off-by-one in grouped cross-attention, so that a token may ignore a chunk.
         landmark_predicts: the logits at a chunk's last token come from its landmark, which already uses what it
             retrieved. ``False`` is the paper's rule.
+        close_prompt: `generate` closes the open chunk at the end of a prompt, as ``chunk_ends`` did in training.
+            ``False`` for a model that was trained on plain text. It is the default of ``close_prompt`` in the
+            generation configuration.
         gumbel_noise: add Gumbel noise to the scores before the selection, in training mode only.
         learned_temperature: multiply retrieval scores by a learned factor per group (ours; starts at 1).
         retriever: ``"learned"``, or what it is compared with: a fixed one, ``"random"``, ``"bm25"`` over token ids or
@@ -73,6 +76,7 @@ class DRTConfig(PreTrainedConfig):
     rope_theta: float | int = 10000.0
     sink: bool = True
     landmark_predicts: bool = True
+    close_prompt: bool = True
     gumbel_noise: bool = False
     learned_temperature: bool = False
     retriever: str = "learned"

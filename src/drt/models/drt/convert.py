@@ -79,6 +79,7 @@ def config_from_authors(settings: Mapping[str, Any]) -> DRTConfig:
             eos_token_id=settings.get("eos_id"),
             sink=True,
             landmark_predicts=False,
+            close_prompt=False,
         )
     except (StrictDataclassError, ValueError) as error:
         raise DRTError(f"the authors' configuration: {error.__cause__ or error}") from error

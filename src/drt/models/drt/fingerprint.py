@@ -10,7 +10,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _PROBE = "".join(map(chr, range(32, 127))) + "\n\té€😀 the quick brown fox 0123456789"
 # What does not change what a model computes.
-_IGNORED = ("transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "_name_or_path")
+_IGNORED = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "close_prompt",
+    "dtype",
+    "max_position_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:

@@ -350,7 +350,7 @@ class DRTModel(DRTPreTrainedModel):
         return flat[layout.encoder_index]
 
 
-class DRTForCausalLM(DRTPreTrainedModel, OwnCacheGenerationMixin):
+class DRTForCausalLM(OwnCacheGenerationMixin, DRTPreTrainedModel):
     """DRT with a language-modelling head."""
 
     cache_class = DRTCache
@@ -423,10 +423,13 @@ class DRTForCausalLM(DRTPreTrainedModel, OwnCacheGenerationMixin):
     def make_cache(self) -> DRTCache:
         return DRTCache(self.config)
 
+    def generation_defaults(self) -> dict[str, Any]:
+        return super().generation_defaults() | {"close_prompt": self.config.close_prompt}
+
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any
     ) -> Any:
-        """Remember where the prompt ends: its last chunk closes there."""
+        """Remember where the prompt ends: its last chunk closes there, unless it only goes on with an answer."""
         cache = model_kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
         mask = model_kwargs.get("attention_mask")
@@ -436,18 +439,35 @@ class DRTForCausalLM(DRTPreTrainedModel, OwnCacheGenerationMixin):
             raise ValueError(
                 f"the prompt must go on after the {past} tokens that past_key_values holds, got {whole} tokens in all"
             )
-        model_kwargs["prompt_length"] = whole
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)  # type: ignore[misc,arg-type]
+        close_prompt = model_kwargs.pop("close_prompt", None)
+        if close_prompt is None:
+            close_prompt = getattr(generation_config, "close_prompt", None)
+        if close_prompt is None:  # a checkpoint whose generation_config.json does not say
+            close_prompt = self.config.close_prompt
+        goes_on = cache is not None and cache.answered_tokens == past and whole == past + 1
+        if close_prompt and not goes_on:
+            model_kwargs["prompt_length"] = whole
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         *args: Any,
+        close_prompt: bool | None = None,
         prompt_length: int | None = None,
         chunk_ends: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Slice the inputs, and close the open chunk at the end of the prompt (and where ``chunk_ends`` says)."""
+        """Slice the inputs, and close the open chunk at the end of the prompt (and where ``chunk_ends`` says).
+
+        Args:
+            input_ids: (B, L), all of the text.
+            close_prompt: an argument of `generate`: close the open chunk at the end of the prompt. Default: what
+                ``generation_config`` says, else ``config.close_prompt``. A call on the cache of the last call that
+                brings nothing but the last generated token goes on with the answer, and closes nothing.
+            prompt_length: columns of the prompt that closes its chunk.
+            chunk_ends: (B, L) bool, an argument of `generate`: further ends of chunks in the prompt.
+        """
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc,arg-type]
         tokens = inputs["input_ids"]
         cache = inputs.get("past_key_values")
@@ -460,6 +480,15 @@ class DRTForCausalLM(DRTPreTrainedModel, OwnCacheGenerationMixin):
             ends[:, prompt_length - 1 - start] = True
         inputs["chunk_ends"] = ends if bool(ends.any()) else None
         return inputs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Note in the cache that what follows is an answer."""
+        cache = outputs.get("past_key_values")
+        if cache is not None:
+            cache.answered_tokens = cache.seen_tokens
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
 
 def _retriever(config: DRTConfig) -> Retriever | FixedRetriever:
