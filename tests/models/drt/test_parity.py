@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,54 +15,69 @@ from drt.models.drt import DRTForCausalLM
 from drt.models.drt.convert import config_from_authors, convert_state_dict
 
 DATA = Path(__file__).parents[2] / "data"
-SETTINGS = json.loads((DATA / "drt_x1.json").read_text())
-CHUNK_ID = SETTINGS["chunk_id"]
 
 
-@pytest.fixture(scope="module")
-def oracle() -> dict[str, torch.Tensor]:
-    return load_file(DATA / "drt_x1.safetensors")
+class Oracle(NamedTuple):
+    """The authors' configuration of a model, and its parameters, gradients and results by name."""
+
+    settings: dict[str, Any]
+    numbers: dict[str, torch.Tensor]
+
+    def part(self, prefix: str) -> dict[str, torch.Tensor]:
+        held = self.numbers.items()
+        return {name.removeprefix(prefix): x.float() for name, x in held if name.startswith(prefix)}
 
 
-def build(oracle: dict[str, torch.Tensor], **changes: object) -> DRTForCausalLM:
-    config = config_from_authors(SETTINGS)
+@pytest.fixture(scope="module", params=["drt_x1", "drt_unequal"])
+def oracle(request) -> Oracle:
+    """One group of two layers, and groups of one and of two, whose parameters are kept in float16."""
+    numbers = load_file(DATA / f"{request.param}.safetensors")
+    return Oracle(
+        json.loads((DATA / f"{request.param}.json").read_text()),
+        numbers | {"input_ids": numbers["input_ids"].long()},
+    )
+
+
+def build(oracle: Oracle, **changes: object) -> DRTForCausalLM:
+    config = config_from_authors(oracle.settings)
+    parameters = convert_state_dict(oracle.part("param."), config, oracle.settings["chunk_id"])
     for name, value in changes.items():
         setattr(config, name, value)
     model = DRTForCausalLM(config)
-    parameters = {name.removeprefix("param."): t for name, t in oracle.items() if name.startswith("param.")}
-    missing, unexpected = model.load_state_dict(
-        convert_state_dict(parameters, config, CHUNK_ID), strict=False
-    )
+    missing, unexpected = model.load_state_dict(parameters, strict=False)
     assert not missing
     assert not unexpected
     return model.eval()
 
 
-def logits_error(model: DRTForCausalLM, oracle: dict[str, torch.Tensor]) -> float:
+def logits_error(model: DRTForCausalLM, oracle: Oracle) -> float:
     with torch.no_grad():
-        return float((model(oracle["input_ids"]).logits - oracle["logits"]).abs().max())
+        return float((model(oracle.numbers["input_ids"]).logits - oracle.numbers["logits"]).abs().max())
 
 
 def test_logits_loss_and_retrieval(oracle):
-    model = build(oracle)
-    out = model(oracle["input_ids"], labels=oracle["input_ids"], output_retrieval=True)
-    assert (out.logits - oracle["logits"]).abs().max() < 1e-4
-    assert abs(float(out.loss.detach()) - float(oracle["loss"])) < 1e-5
-    weights = out.chunk_weights[0][:, :5]
-    assert (weights - oracle["retrieval.0.weights"]).abs().max() < 1e-5
-    selected = oracle["retrieval.0.weights"] > 0
-    assert selected.any()
-    assert torch.equal(out.chunk_indices[0][:, :5][selected], oracle["retrieval.0.indices"][:, :5][selected])
+    model, numbers = build(oracle), oracle.numbers
+    out = model(numbers["input_ids"], labels=numbers["input_ids"], output_retrieval=True)
+    assert (out.logits - numbers["logits"]).abs().max() < 1e-4
+    assert abs(float(out.loss.detach()) - float(numbers["loss"])) < 1e-5
+    assert len(out.chunk_weights) == len(oracle.settings["decoder_layers"]) - 1
+    for group, (indices, weights) in enumerate(zip(out.chunk_indices, out.chunk_weights, strict=True)):
+        expected = numbers[f"retrieval.{group}.weights"]
+        assert (weights[:, :5] - expected).abs().max() < 1e-5
+        selected = expected > 0
+        assert selected.any()
+        assert torch.equal(
+            indices[:, :5][selected], numbers[f"retrieval.{group}.indices"][:, :5][selected].long()
+        )
 
 
 def test_every_gradient(oracle):
-    model = build(oracle)
-    model(oracle["input_ids"], labels=oracle["input_ids"]).loss.backward()
+    model, ids, chunk_id = build(oracle), oracle.numbers["input_ids"], oracle.settings["chunk_id"]
+    model(ids, labels=ids).loss.backward()
     ours = {name: parameter.grad for name, parameter in model.named_parameters()}
     ours["model.embed_tokens.weight"] = ours["model.embed_tokens.weight"].clone()
-    ours["model.embed_tokens.weight"][CHUNK_ID] += ours["model.landmark_embedding"]
-    theirs = {name.removeprefix("grad."): t for name, t in oracle.items() if name.startswith("grad.")}
-    theirs = convert_state_dict(theirs, model.config, CHUNK_ID)
+    ours["model.embed_tokens.weight"][chunk_id] += ours["model.landmark_embedding"]
+    theirs = convert_state_dict(oracle.part("grad."), model.config, chunk_id)
     compared = 0
     for name, expected in theirs.items():
         if name in ("model.landmark_embedding", "lm_head.weight"):
@@ -70,6 +86,14 @@ def test_every_gradient(oracle):
         assert error < 1e-3, f"{name}: {error:.2e}"
         compared += 1
     assert compared == len(ours) - 1
+
+
+@pytest.mark.parametrize("oracle", ["drt_unequal"], indirect=True)
+@pytest.mark.parametrize("layers", [[2, 1], [3]])
+def test_other_groups_fail(oracle, layers):
+    model = build(oracle)
+    model.config.num_upper_layers = layers
+    assert logits_error(model, oracle) > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -116,6 +140,6 @@ def test_another_residual_rule_fails(oracle):
 
 
 def test_loss_is_the_mean_over_all_but_the_last_position(oracle):
-    logits, ids = oracle["logits"], oracle["input_ids"]
+    logits, ids = oracle.numbers["logits"], oracle.numbers["input_ids"]
     mean = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert abs(float(mean) - float(oracle["loss"])) < 1e-5
+    assert abs(float(mean) - float(oracle.numbers["loss"])) < 1e-5

@@ -1,7 +1,8 @@
 """Convert checkpoints of the paper's authors to `DRTForCausalLM`.
 
 Their landmark is a row of the tied embedding; ours is a parameter of its own, so that row is copied and the row stays
-as an output class. Their zeroed landmark key among the S + 1 keys of a chunk is our ``sink``.
+as an output class. Their zeroed landmark key among the S + 1 keys of a chunk is our ``sink``; where S is a multiple of
+64 they have neither.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def config_from_authors(settings: Mapping[str, Any]) -> DRTConfig:
             tie_word_embeddings=settings.get("tie_word_embeddings", True),
             pad_token_id=settings.get("pad_id"),
             eos_token_id=settings.get("eos_id"),
-            sink=True,
+            # Of chunks that fill their kernel's tiles alone they drop the landmark's key, and with it the sink.
+            sink=settings["enc_chunk_size"] % 64 != 0,
             landmark_predicts=False,
             close_prompt=False,
         )
@@ -91,7 +93,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     missing = [name for name in wanted if name not in settings]
     if missing:
         raise DRTError(f"the authors' configuration lacks {', '.join(missing)}")
-    for name in ("vocab_size", "slide_window", "chunk_id"):
+    for name in ("vocab_size", "enc_chunk_size", "slide_window", "chunk_id"):
         if not isinstance(settings[name], int):
             raise DRTError(f"{name} must be a whole number, got {settings[name]!r}")
     if not 0 <= settings["chunk_id"] < settings["vocab_size"]:
