@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from transformers import LogitsProcessorList
 
 from drt.data.haystack import load_haystack
 from drt.eval.questions import ask
@@ -63,10 +64,15 @@ def main(text: bytes, folder: Path) -> None:
         for question in ("|zz?", "|qx?"):
             ids = torch.tensor([tokenizer.encode(question, add_special_tokens=False)])
             past = torch.ones(1, cache.get_seq_length() + ids.shape[1], dtype=torch.long)
-            with RetrievalTrace(model) as trace:
-                output = model.generate(
-                    ids, attention_mask=past, past_key_values=cache, max_new_tokens=5, do_sample=False
-                )
+            trace = RetrievalTrace(cache)
+            output = model.generate(
+                ids,
+                attention_mask=past,
+                past_key_values=cache,
+                max_new_tokens=5,
+                do_sample=False,
+                logits_processor=LogitsProcessorList([trace]),
+            )
             chunks = trace.selections[-1].chunk_indices[0].tolist()
             print(
                 f"{question} {tokenizer.decode(output[0, ids.shape[1] :])}: chunks {chunks} of {memory.num_chunks}"

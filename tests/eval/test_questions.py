@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from drt.errors import DRTError
 from drt.eval.questions import CONVERSATION, ask
+from drt.eval.retrieval import Answer
 from drt.memory import Archive, ArchiveWriter
 from drt.models.drt import DRTForCausalLM
 from drt.models.drt.archive_drt import describe_archive, read_documents
@@ -102,3 +105,21 @@ def test_empty_questions_are_refused(
     for questions in ([], [""], ["a", ""]):
         with pytest.raises(DRTError, match="a question is empty"):
             ask(model, tokenizer, archive, questions, 5)
+
+
+def test_threads_get_the_answers_and_the_records_they_get_alone(
+    model: DRTForCausalLM, tokenizer: PreTrainedTokenizerBase, archive: Archive
+) -> None:
+    """They share a model and an archive; each call has a state of its own."""
+    asked = [["why?"], ["who was it?", QUESTION, "x"], ["and when was that?", "why?"]]
+    alone = [ask(model, tokenizer, archive, questions, 18) for questions in asked]
+    begin = Barrier(len(asked))
+
+    def again(questions: list[str]) -> list[list[Answer]]:
+        begin.wait()
+        return [ask(model, tokenizer, archive, questions, 18) for _ in range(2)]
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        found = list(pool.map(again, asked))
+    for expected, answers in zip(alone, found, strict=True):
+        assert answers == [expected] * 2

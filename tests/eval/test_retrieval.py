@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LogitsProcessorList
 
 from drt.eval.retrieval import RetrievalTrace, Selection
 from drt.models.drt import DRTConfig, DRTForCausalLM
@@ -18,8 +19,19 @@ def tokens(length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 259, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
-def generate(model: DRTForCausalLM, prompt: torch.Tensor, **options: Any) -> torch.Tensor:
-    return model.generate(prompt, **{"max_new_tokens": NEW, "do_sample": False} | options)
+def generate(
+    model: DRTForCausalLM, prompt: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, list[Selection]]:
+    """The whole text, and what was retrieved for it."""
+    cache = model.make_cache()
+    trace = RetrievalTrace(cache)
+    text = model.generate(
+        prompt,
+        past_key_values=cache,
+        logits_processor=LogitsProcessorList([trace]),
+        **{"max_new_tokens": NEW, "do_sample": False} | options,
+    )
+    return text, trace.selections
 
 
 def in_one_pass(model: DRTForCausalLM, text: torch.Tensor, prompt_length: int) -> list[Selection]:
@@ -52,10 +64,9 @@ def test_the_trace_holds_what_every_chunk_from_the_prompts_end_on_retrieved(
     model: DRTForCausalLM, length: int, options: dict[str, int]
 ) -> None:
     prompt = tokens(length)
-    with RetrievalTrace(model) as trace:
-        text = generate(model, prompt, **options)
+    text, found = generate(model, prompt, **options)
     expected = in_one_pass(model, text[:, :-1], length)  # nobody reads the last token
-    assert_same([one for one in trace.selections if one.columns >= length], expected)
+    assert_same(found, expected)
     assert len(expected) == 3
     assert length == 1 or len({tuple(one.chunk_indices[0].tolist()) for one in expected}) > 1
     assert all((one.chunk_weights.diff(dim=1) <= 0).all() for one in expected)
@@ -67,30 +78,34 @@ def test_rows_of_a_ragged_batch_have_the_trace_they_have_alone(model: DRTForCaus
     ids, mask = torch.zeros(3, 100, dtype=torch.long), torch.zeros(3, 100, dtype=torch.long)
     for row, length in enumerate(lengths):
         ids[row, -length:], mask[row, -length:] = tokens(length, seed=row)[0], 1
-    with RetrievalTrace(model) as trace:
-        text = generate(model, ids, attention_mask=mask)
+    text, selections = generate(model, ids, attention_mask=mask)
     for row, length in enumerate(lengths):
         expected = in_one_pass(model, text[row : row + 1, 100 - length : -1], length)
-        found = [one for one in trace.selections if one.row == row]
+        found = [one for one in selections if one.row == row]
         moved = [one._replace(row=0, columns=one.columns - 100 + length) for one in found]
         assert_same(moved, expected)
 
 
 @torch.no_grad()
-def test_a_trace_begins_to_count_where_it_begins_to_watch(model: DRTForCausalLM) -> None:
+def test_a_trace_notices_what_closes_after_it_was_made(model: DRTForCausalLM) -> None:
     text = tokens(100)
     cache = model(text[:, :64], use_cache=True).past_key_values
-    with RetrievalTrace(model) as trace:
-        model(text[:, 64:80], past_key_values=cache)
-        model(inputs_embeds=model.get_input_embeddings()(text[:, 80:]), past_key_values=cache)
-    assert [one.columns for one in trace.selections] == [16, 36]  # chunks close at tokens 75 and 90
-    model(text, use_cache=True)
-    assert len(trace.selections) == 2
+    trace = RetrievalTrace(cache)
+    mask = torch.ones(1, 100, dtype=torch.long)
+    whole = model.generate(
+        text[:, 64:],
+        attention_mask=mask,
+        past_key_values=cache,
+        logits_processor=LogitsProcessorList([trace]),
+        max_new_tokens=NEW,
+        do_sample=False,
+    )
+    assert [one.columns for one in trace.selections] == [36, 51, 66]
+    expected = in_one_pass(model, torch.cat([text[:, :64], whole[:, :-1]], 1), 100)
+    assert_same([one._replace(columns=one.columns + 64) for one in trace.selections], expected)
 
 
-def test_what_cannot_be_traced_is_refused(model: DRTForCausalLM) -> None:
-    with pytest.raises(ValueError, match="wanted use_cache=True"), RetrievalTrace(model):
-        model(tokens(40), use_cache=False)
-    model(tokens(40), use_cache=False)  # nobody watches any more
+def test_a_model_without_retrieval_is_refused(model: DRTForCausalLM) -> None:
+    plain = DRTForCausalLM(DRTConfig.from_dict(model.config.to_dict() | {"retrieval": False})).eval()
     with pytest.raises(ValueError, match="got one with retrieval=False"):
-        RetrievalTrace(DRTForCausalLM(DRTConfig.from_dict(model.config.to_dict() | {"retrieval": False})))
+        generate(plain, tokens(40))

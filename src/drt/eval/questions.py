@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from drt.data.tokens import TextCodec, TokenIds
 from drt.errors import DRTError
@@ -57,14 +57,15 @@ def ask(
     cache = DRTCache.open(archive, model)
     cache.select_rows(torch.zeros(len(prompts), dtype=torch.long))
     ids, mask = _left_padded(prompts, model.device)
-    with RetrievalTrace(model) as trace:
-        sequences = model.generate(  # type: ignore[misc]
-            ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            **{"do_sample": False, "pad_token_id": 0} | options,
-        )
+    trace = RetrievalTrace(cache)
+    sequences = model.generate(  # type: ignore[misc]
+        ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        logits_processor=LogitsProcessorList([trace]),
+        **{"do_sample": False, "pad_token_id": 0} | options,
+    )
     answers = []
     for row, question in enumerate(questions):
         generated = _until_end(sequences[row, ids.shape[1] :].tolist(), model.generation_config.eos_token_id)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from transformers import LogitsProcessor
 
 from drt.eval.results import RetrievalRecord
-from drt.models.drt import DRTForCausalLM
+from drt.models.drt import DRTCache
 
 
 class Answer(NamedTuple):
@@ -26,7 +25,7 @@ class Selection(NamedTuple):
 
     Attributes:
         row: number of the row.
-        columns: columns read since the trace began, left padding included.
+        columns: columns of the sequence when it closed, left padding included.
         chunk_indices: (G, K) int64 on the CPU, -1 for an empty slot; the highest weight first.
         chunk_weights: (G, K) float32 on the CPU.
     """
@@ -37,64 +36,48 @@ class Selection(NamedTuple):
     chunk_weights: Tensor
 
 
-class RetrievalTrace:
-    """Watches a model's passes; a context manager to put around `generate` (without beams: they reorder the rows).
+class RetrievalTrace(LogitsProcessor):
+    """Notes what one `generate` retrieves, without beams: give it as ``logits_processor=[trace]``.
 
-    Of each pass the last chunk that a row closes is kept: its selection is what the tokens to come read. So one
-    `generate` gives a selection for the end of each row's prompt and one for each chunk generated after it.
+    Before each token is chosen it looks at the cache: where a row has closed a chunk since it last looked, what the row
+    reads from now on is kept. So one `generate` gives a selection for the end of each row's prompt and one for each
+    chunk generated after it. It changes no logits, and only its own cache is looked at: the model may serve other
+    threads meanwhile.
 
     Args:
-        model: a model with chunk retrieval.
+        cache: the ``past_key_values`` of that `generate`. Chunks that close after this object is made are noticed.
 
     Attributes:
         selections: what was seen, in the order in which it came.
 
     Raises:
-        ValueError: a model without retrieval; within the context, a pass that uses no cache.
+        ValueError: within `generate`, for a model with ``retrieval=False``.
     """
 
-    def __init__(self, model: DRTForCausalLM) -> None:
-        if not model.config.retrieval:
-            raise ValueError("wanted a model that retrieves chunks, got one with retrieval=False")
-        self.model = model
+    def __init__(self, cache: DRTCache) -> None:
         self.selections: list[Selection] = []
-        self._columns = 0
-        self._closed: Tensor | int = 0  # chunks that each row had closed before the pass
-        self._handles: list[RemovableHandle] = []
+        self._cache = cache
+        self._closed = cache.closed_counts  # chunks that each row had closed when it last looked
 
-    def __enter__(self) -> RetrievalTrace:
-        self._handles = [
-            self.model.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.model.register_forward_hook(self._after),
-        ]
-        return self
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Look; returns ``scores`` as they are."""
+        closed = self._cache.closed_counts
+        assert closed is not None  # a pass has come before
+        new = closed if self._closed is None else closed - self._closed
+        self._closed = closed
+        rows = new.nonzero().flatten().tolist()
+        if rows:
+            indices, weights = self._now_read()
+            for row in rows:
+                self.selections.append(Selection(row, input_ids.shape[1], indices[row], weights[row]))
+        return scores
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _before(self, model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        cache = kwargs.get("past_key_values")
-        closed = None if cache is None else cache.closed_counts
-        self._closed = 0 if closed is None else closed
-        given = next(
-            tokens
-            for tokens in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-            if tokens is not None
-        )
-        self._columns += given.shape[1]
-        return args, kwargs | {"output_retrieval": True}
-
-    def _after(self, model: Any, args: Any, output: Any) -> None:
-        cache = output.past_key_values
-        if cache is None:
-            raise ValueError("what is retrieved is traced through the cache: wanted use_cache=True")
-        indices = torch.stack(output.chunk_indices, 1).cpu()  # (B, G, N, K)
-        weights = torch.stack(output.chunk_weights, 1).detach().float().cpu()
-        for row, new in enumerate((cache.closed_counts - self._closed).tolist()):
-            if new:
-                order = weights[row, :, new - 1].argsort(dim=-1, descending=True, stable=True)
-                found = (tensor[row, :, new - 1].gather(1, order) for tensor in (indices, weights))
-                self.selections.append(Selection(row, self._columns, *found))
+    def _now_read(self) -> tuple[Tensor, Tensor]:
+        """Indices and weights (B, G, K) of what each row's groups read, the highest weight first."""
+        held = [selection for selection in self._cache.selections if selection is not None]
+        if not held:
+            raise ValueError("expected a model that retrieves chunks, got one with retrieval=False")
+        indices = torch.stack([selection.chunk_indices for selection in held], 1).cpu()
+        weights = torch.stack([selection.chunk_weights for selection in held], 1).detach().float().cpu()
+        order = weights.argsort(dim=-1, descending=True, stable=True)
+        return indices.gather(-1, order), weights.gather(-1, order)
