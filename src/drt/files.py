@@ -167,9 +167,14 @@ class FileLock:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a lock belongs to the process that took it: it cannot be pickled or copied")
 
+    @property
+    def is_held(self) -> bool:
+        """Whether this process has it."""
+        return self._descriptor >= 0
+
     def close(self) -> None:
         """Let another process have it; again is no error."""
-        if self._descriptor >= 0:
+        if self.is_held:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # a child that forks just now has the descriptor too
             self._close()
 
@@ -180,7 +185,7 @@ class FileLock:
     @classmethod
     def _forget(cls) -> None:
         """In a forked child: only close, for to unlock would unlock for the parent too."""
-        for lock in [lock for lock in cls._held if lock._descriptor >= 0]:
+        for lock in [lock for lock in cls._held if lock.is_held]:
             lock._close()
 
 

@@ -375,7 +375,14 @@ def read_state(folder: Path, point: Point, verify: bool) -> dict[str, Tensor]:
     if point.state_file is None:
         return {}
     path = folder / point.state_file
-    content = path.read_bytes()
+    try:
+        content = _read_start(path, point.state_bytes + 1)
+    except DRTError as error:
+        if isinstance(
+            error.__cause__, FileNotFoundError
+        ):  # a writer may have removed it: the caller looks again
+            raise error.__cause__ from None
+        raise
     if verify and (len(content), hashlib.sha256(content).hexdigest()) != (
         point.state_bytes,
         point.state_sha256,

@@ -44,14 +44,17 @@ class ArchiveFiles:
     Args:
         path: folder of the archive.
         description: of the archive.
-        writable: open for writing, and make the files that do not exist.
+        writable: open for writing.
         verify: check each segment the first time that something of it is read.
+        create: make the files that do not exist.
 
     Raises:
         DRTError: a file is missing or cannot be opened.
     """
 
-    def __init__(self, path: Path, description: ArchiveDescription, writable: bool, verify: bool) -> None:
+    def __init__(
+        self, path: Path, description: ArchiveDescription, writable: bool, verify: bool, create: bool = False
+    ) -> None:
         self.codec = ChunkCodec(description.dtype)
         shape = (description.chunk_size, description.num_heads, description.head_dim)
         self.specs = (*self.codec.specs(*shape), FieldSpec((), torch.int64))
@@ -62,7 +65,8 @@ class ArchiveFiles:
             INDEX.itemsize,
             1,
         )
-        mode = os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY
+        mode = os.O_RDWR if writable else os.O_RDONLY
+        mode |= os.O_CREAT if create else 0
         self.files = [
             RecordFile(open_regular(path / name, mode), size, path / name, writable=writable)
             for name, size in zip(DATA_FILES, sizes, strict=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn, Self
 
 import numpy as np
@@ -19,60 +19,59 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from drt.errors import DRTError
+from drt.files import FileLock, atomic_write, open_regular
 from drt.memory.approximate_index import INDEX_FILE, build_index, dump_index, training_size
 from drt.memory.archive import JOURNAL, MANIFEST, Archive, ArchiveStore, Document
 from drt.memory.archive_files import CHUNKS, INDEX, INDICES, LANDMARKS, TEXT, ArchiveFiles, ArchivePage
+from drt.memory.archive_folder import NewFolder, lock_archive, remove_stale
 from drt.memory.chunk_codec import Fields, pack
 from drt.memory.manifest import DATA_FILES, ArchiveDescription, DocumentPart, Manifest, Point, Segment
+from drt.memory.record_file import RecordFile
 
-LOCK = "lock"
-_OWN_FILES = re.compile(r"state-\d+\.safetensors|.*\.tmp")
 _UNBOUNDED = 2**62
 
 
 class ArchiveWriter(Archive):
     """An archive opened for writing. What is appended to its `store` belongs to it from the next `commit` on.
 
-    Make it with `ArchiveWriter.create` or `ArchiveWriter.open`. It sees all that is committed, and holds the lock
-    until it is closed or its process ends.
+    Make it with `ArchiveWriter.create`, `ArchiveWriter.open` or `ArchiveWriter.rollback`. It sees all that is
+    committed, and holds the lock until it is closed or its process ends. After a failed write it writes no more, for
+    it cannot tell what the files hold then; opened again, the archive is as of its last commit. Leaving its `with`
+    block by an error removes an archive that `create` has made and to which nothing was committed.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, files: ArchiveFiles, lock: int) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, files: ArchiveFiles, journal: RecordFile, lock: FileLock
+    ) -> None:
         super().__init__(path, manifest, manifest.head, files)
-        self._manifest, self._lock = manifest, lock
+        self._manifest, self._journal, self._lock = manifest, journal, lock
+        self._unusable = ""  # why it is
+        self._new: NewFolder | None = None  # until the first commit
         self._crc32 = [0] * len(DATA_FILES)
         self._parts: list[DocumentPart] = []
         self._record_crc32: list[int] = []  # of chunks that have no entry in the index yet
         self._entries = manifest.head.chunks  # chunks that have
         self._stop = 0  # bytes of the open document's text so far
-        self._journal = sha256()
+        self._journal_digest = sha256()
 
     @classmethod
     def create(cls, path: Path | str, description: ArchiveDescription) -> Self:
-        """Make an archive without chunks.
+        """Make an archive without chunks, also in the place of one to which nothing was committed.
 
         Raises:
-            DRTError: the folder is an archive already, or holds something else; another process is making it.
+            DRTError: the folder is an archive already, or holds something else, or cannot be written; another process
+                is making it. What was made until then is removed.
         """
         folder = Path(path)
+        new = NewFolder(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DRTError(f"{folder}: cannot be made: {error.strerror}") from error
-        lock = _lock(folder)
-        found = {file.name for file in folder.iterdir()}
-        if MANIFEST in found:
-            os.close(lock)
-            raise DRTError(f"{folder} is an archive already; append to it, or choose another folder")
-        others = sorted(
-            name for name in found - {LOCK, JOURNAL, *DATA_FILES} if not _OWN_FILES.fullmatch(name)
-        )
-        if others:
-            os.close(lock)
-            raise DRTError(f"{folder} holds other files ({', '.join(others[:3])}); choose an empty folder")
-        (folder / JOURNAL).write_bytes(b"")
-        writer = cls._start(folder, Manifest(description, Point(), None), lock, verify=True)
-        writer._replace(MANIFEST, writer._manifest.dump())
+            manifest = Manifest(description, Point(), None)
+            writer = cls._start(folder, manifest, new.lock, verify=True, create=True)
+            writer._replace(MANIFEST, manifest.dump())
+        except BaseException:
+            new.discard()
+            raise
+        writer._new = new
         return writer
 
     @classmethod
@@ -84,27 +83,56 @@ class ArchiveWriter(Archive):
         """
         folder = Path(path)
         Manifest.load(folder / MANIFEST)  # no lock file in a folder that is no archive
-        lock = _lock(folder)
+        lock = lock_archive(folder)
         try:
-            manifest = Manifest.load(folder / MANIFEST)
-            return cls._start(folder, manifest, lock, verify)
-        except (DRTError, OSError):
-            os.close(lock)
+            return cls._start(folder, Manifest.load(folder / MANIFEST), lock, verify)
+        except BaseException:
+            lock.close()
             raise
 
     @classmethod
-    def _start(cls, folder: Path, manifest: Manifest, lock: int, verify: bool) -> Self:
-        head = manifest.head
-        files = ArchiveFiles(folder, manifest.description, writable=True, verify=verify)
-        writer = cls(folder, manifest, files, lock)
+    def rollback(cls, path: Path | str) -> Self:
+        """Open an archive as of its last finished build or append, and drop what was committed since.
+
+        Where no build has finished, nothing is left: `create` may then make another archive in its place.
+
+        Raises:
+            DRTError: as `open`.
+        """
+        folder = Path(path)
+        Manifest.load(folder / MANIFEST)
+        lock = lock_archive(folder)
+        try:
+            manifest = Manifest.load(folder / MANIFEST)
+            if manifest.head != manifest.finished:
+                manifest = replace(manifest, head=manifest.finished or Point())
+                with atomic_write(folder / MANIFEST) as file:
+                    file.write(manifest.dump())
+            return cls._start(folder, manifest, lock, verify=True)
+        except BaseException:
+            lock.close()
+            raise
+
+    @classmethod
+    def _start(
+        cls, folder: Path, manifest: Manifest, lock: FileLock, verify: bool, create: bool = False
+    ) -> Self:
+        head, path = manifest.head, folder / JOURNAL
+        files = ArchiveFiles(folder, manifest.description, writable=True, verify=verify, create=create)
+        descriptor = open_regular(path, os.O_RDWR | (os.O_CREAT if create else 0))
+        journal = RecordFile(descriptor, 1, path, writable=True)
+        writer = cls(folder, manifest, files, journal, lock)
         try:
             writer._load(head)
         except FileNotFoundError as error:
             raise DRTError(f"{error.filename}: missing") from error
-        for file, records in zip(files.files, (head.chunks,) * 3 + (head.text_bytes,), strict=True):
+        for file, records in zip(
+            (*files.files, journal),
+            (head.chunks,) * 3 + (head.text_bytes, head.journal_bytes),
+            strict=True,
+        ):
             file.truncate(records)
-        os.truncate(folder / JOURNAL, head.journal_bytes)
-        writer._journal.update((folder / JOURNAL).read_bytes())
+        writer._journal_digest.update(journal.read_range(0, head.journal_bytes).numpy().tobytes())
         writer._remove_stale()
         last = writer._documents[-1] if writer._documents else None
         if last is not None and not last.complete:
@@ -112,12 +140,19 @@ class ArchiveWriter(Archive):
             writer._parts = [DocumentPart(last.name, False, False, 0, 0, 0)]
         return writer
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self._new is not None and self._lock.is_held:
+            self._new.discard()
+        self.close()
+
     def close(self) -> None:
         """Let another process write; what is not committed is dropped. Again is no error."""
         super().close()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._journal.close()
+        self._lock.close()
+        self._unusable = self._unusable or "this writer is closed"
 
     def __reduce__(self) -> NoReturn:  # also what copy and deepcopy ask for
         raise TypeError(f"{self.path} is open for writing and can be neither copied nor pickled")
@@ -154,6 +189,7 @@ class ArchiveWriter(Archive):
         Raises:
             ValueError: counts that do not fit.
         """
+        self._check_usable()
         if len(chunk_stops) != len(self._record_crc32) or (
             len(text) and chunk_stops[-1] != self._stop + len(text)
         ):
@@ -164,12 +200,13 @@ class ArchiveWriter(Archive):
         entries = np.empty(len(chunk_stops), INDEX)
         entries["start"] = np.concatenate([[self._stop], chunk_stops[:-1]])[: len(entries)]
         entries["stop"], entries["crc32"] = chunk_stops, self._record_crc32
-        self._write(INDICES, self._entries, entries.tobytes())
-        self._write(TEXT, self._text_end(), text)
-        self._entries += len(entries)
-        self._record_crc32 = []
-        self._stop += len(text)
-        self._grow(text_bytes=len(text))
+        with self._changing():
+            self._write(INDICES, self._entries, entries.tobytes())
+            self._write(TEXT, self._text_end(), text)
+            self._entries += len(entries)
+            self._record_crc32 = []
+            self._stop += len(text)
+            self._grow(text_bytes=len(text))
 
     def end_document(self) -> None:
         """The open document is whole."""
@@ -185,22 +222,24 @@ class ArchiveWriter(Archive):
         Raises:
             DRTError: the disk is full or fails; the archive stays as of the last commit.
         """
-        if self._record_crc32:  # chunks of a text that is not kept
-            self.add_text(b"", np.full(len(self._record_crc32), self._stop, np.int64))
+        with self._changing():
+            if self._record_crc32:  # chunks of a text that is not kept
+                self.add_text(b"", np.full(len(self._record_crc32), self._stop, np.int64))
+            self._commit(state, finished)
+
+    def _commit(self, state: Mapping[str, Tensor], finished: bool) -> None:
         for file in self._files.files:
             file.sync()
-        head, parts = (
-            self.point,
-            [part for part in self._parts if part.chunks or (part.ends and not part.begins)],
-        )
+        head = self.point
+        parts = [part for part in self._parts if part.chunks or (part.ends and not part.begins)]
         segment = Segment(tuple(self._crc32), tuple(parts))
         line, content = segment.line(), save_tensors(dict(state)) if state else b""
-        journal = self._journal.copy()
-        journal.update(line)
+        digest = self._journal_digest.copy()
+        digest.update(line)
         point = Point(
             segments=head.segments + 1,
             journal_bytes=head.journal_bytes + len(line),
-            journal_sha256=journal.hexdigest(),
+            journal_sha256=digest.hexdigest(),
             chunks=head.chunks + segment.chunks,
             tokens=head.tokens + segment.tokens,
             text_bytes=head.text_bytes + segment.text_bytes,
@@ -209,10 +248,11 @@ class ArchiveWriter(Archive):
         )
         if point.state_file is not None:
             self._replace(point.state_file, content)
-        self._append_line(line)
+        self._journal.write(head.journal_bytes, line)
+        self._journal.sync()
         self._manifest = Manifest(self.description, point, point if finished else self._manifest.finished)
         self._replace(MANIFEST, self._manifest.dump())
-        self._journal = journal
+        self._new, self._journal_digest = None, digest
         self._advance(point, segment, state, finished)
 
     def index(self, on_progress: Callable[[int], None] | None = None) -> None:
@@ -225,9 +265,13 @@ class ArchiveWriter(Archive):
             DRTError: the archive is not finished or holds nothing, a segment is damaged, faiss is not installed, the
                 disk is full or fails.
         """
+        self._check_usable()
         count = self.num_chunks
         if not self.finished or not count:
-            raise DRTError(f"{self.path} is not finished: finish its build before it is indexed")
+            raise DRTError(
+                f"{self.path} is not finished: finish its build before it is indexed, or drop what is not finished: "
+                f"drt memory rollback {self.path}"
+            )
         page = ArchivePage(self._files, count)
         size = training_size(count)
         chosen = torch.arange(size) * count // size
@@ -255,16 +299,34 @@ class ArchiveWriter(Archive):
 
     def append(self, slot: Tensor, fields: Fields, landmarks: Tensor) -> None:
         """Write chunks behind those held: slot (n,) their numbers, in order; called by the store."""
+        self._check_usable()
         first = self._entries + len(self._record_crc32)
         if slot.tolist() != list(range(first, first + len(slot))):
             raise ValueError(f"wanted chunks from number {first} on, got {slot.tolist()}")
         if not self._parts or self._parts[-1].ends:
             raise ValueError("begin a document before its chunks are appended")
-        records = pack(fields)
-        self._write(CHUNKS, first, records.numpy().tobytes())
-        self._write(LANDMARKS, first, pack((landmarks.to(self._files.landmark_dtype),)).numpy().tobytes())
-        self._record_crc32 += [zlib.crc32(record) for record in records.numpy()]
-        self._grow(chunks=len(slot), tokens=int(fields[-1].sum()))
+        with self._changing():
+            records = pack(fields)
+            self._write(CHUNKS, first, records.numpy().tobytes())
+            self._write(LANDMARKS, first, pack((landmarks.to(self._files.landmark_dtype),)).numpy().tobytes())
+            self._record_crc32 += [zlib.crc32(record) for record in records.numpy()]
+            self._grow(chunks=len(slot), tokens=int(fields[-1].sum()))
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Change the files. What fails on the way makes this writer unusable: what they hold is not known then."""
+        self._check_usable()
+        try:
+            yield
+        except BaseException:
+            self._unusable = "an earlier write has failed"
+            raise
+
+    def _check_usable(self) -> None:
+        if self._unusable:
+            raise DRTError(
+                f"{self.path}: {self._unusable}; open the archive again, it is as of its last commit"
+            )
 
     def _grow(self, **more: int) -> None:
         part = self._parts[-1]
@@ -277,42 +339,14 @@ class ArchiveWriter(Archive):
         self._files.files[file].write(first, data)
         self._crc32[file] = zlib.crc32(data, self._crc32[file])
 
-    def _append_line(self, line: bytes) -> None:
-        path = self.path / JOURNAL
-        try:
-            with path.open("r+b") as file:
-                file.seek(self.point.journal_bytes)
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise DRTError(f"{path}: cannot be written: {error.strerror}") from error
-
     def _replace(self, name: str, content: bytes) -> None:
         """Write a whole file, or leave it as it was."""
-        path = self.path / name
-        temporary = path.with_name(f"{name}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            folder = os.open(self.path, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        except OSError as error:
-            raise DRTError(f"{path}: cannot be written: {error.strerror}") from error
+        with atomic_write(self.path / name) as file:
+            file.write(content)
 
     def _remove_stale(self) -> None:
-        """Delete decoding states that no point names, and halves of files that were being replaced."""
         points = (self._manifest.head, self._manifest.finished)
-        wanted = {point.state_file for point in points if point is not None}
-        for file in self.path.iterdir():
-            if _OWN_FILES.fullmatch(file.name) and file.name not in wanted:
-                file.unlink()
+        remove_stale(self.path, {point.state_file for point in points if point is not None})
 
 
 class _WrittenStore(ArchiveStore):
@@ -331,18 +365,3 @@ class _GrowingPage(ArchivePage):
 
     def write(self, row: Tensor, slot: Tensor, fields: Fields, landmarks: Tensor) -> None:
         self._writer.append(slot, fields, landmarks)
-
-
-def _lock(folder: Path) -> int:
-    """Lock an archive for writing, until the descriptor is closed or the process ends.
-
-    Raises:
-        DRTError: another process has locked it.
-    """
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise DRTError(f"another process is writing to {folder}; wait until it has finished") from error
-    return descriptor

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self, TypeVar, get_type_hints
 
 from drt.errors import DRTError
+from drt.files import open_regular
 
 T = TypeVar("T")
 
@@ -196,9 +198,12 @@ class Manifest:
             DRTError: none there, one of a later format, or a damaged one.
         """
         try:
-            raw = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise DRTError(f"{path.parent} is not an archive: it has no {path.name}") from error
+            with os.fdopen(open_regular(path), "rb") as file:
+                raw = file.read()
+        except DRTError as error:
+            if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                raise DRTError(f"{path.parent} is not an archive: it has no {path.name}") from error
+            raise
         except OSError as error:
             raise DRTError(f"{path}: cannot be read: {error.strerror}") from error
         try:

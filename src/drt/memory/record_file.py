@@ -113,6 +113,8 @@ class RecordFile:
         return found
 
     def _read_into(self, target: Tensor, first: int) -> None:
+        if len(target) == 0:  # of which numpy makes no view
+            return
         view = target.numpy().data.cast("B")
         offset = first * self.record_bytes
         try:
@@ -129,8 +131,15 @@ class RecordFile:
         return os.fstat(self.descriptor).st_size
 
     def truncate(self, count: int) -> None:
-        """Make the file ``count`` records long; what it gains is zeros, and takes no room until it is written."""
-        os.ftruncate(self.descriptor, count * self.record_bytes)
+        """Make the file ``count`` records long; what it gains is zeros, and takes no room until it is written.
+
+        Raises:
+            DRTError: the disk fails.
+        """
+        try:
+            os.ftruncate(self.descriptor, count * self.record_bytes)
+        except OSError as error:
+            raise DRTError(f"{self.name}: cannot be written: {error.strerror}") from error
 
     def sync(self) -> None:
         """Return when all that was written is on the disk.
