@@ -16,3 +16,8 @@ class Interrupted(KeyboardInterrupt):
     It is a `KeyboardInterrupt`, so what lets Ctrl-C through lets it through. The `drt` command prints the message
     and exits with code 130.
     """
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, for a message that names the file itself: without the number and the name of an `OSError`."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

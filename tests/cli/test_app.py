@@ -65,6 +65,22 @@ def test_help_of_a_command_shows_its_options_and_imports_nothing_slow(name: str)
             assert parameter.help
 
 
+@pytest.mark.parametrize("command", [(), ("ask",), ("memory",), ("memory", "build"), ("eval", "runs")])
+def test_h_is_help(command: tuple[str, ...]) -> None:
+    shown = [CliRunner().invoke(cli.app, [*command, option]) for option in ("-h", "--help")]
+    assert [result.exit_code for result in shown] == [0, 0]
+    assert shown[0].output == shown[1].output
+
+
+@pytest.mark.parametrize("module", ["drt", "drt.train"])
+def test_python_m(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, "-h"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "CONFIG" in done.stdout if module == "drt.train" else "needle" in done.stdout
+
+
 def test_version() -> None:
     result = CliRunner().invoke(cli.app, ["--version"])
     assert (result.exit_code, result.output) == (0, f"drt {drt.__version__}\n")

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from drt.eval.results import RetrievalRecord, read_records
 from drt.models.drt import DRTForCausalLM
+from drt.terminal import one_line
 
 Run = Callable[..., Any]
 
@@ -57,7 +58,15 @@ def test_questions_asked_together_have_the_answers_they_have_alone(ask: Run) -> 
     assert [one["question"] for one in alone] == questions
     assert [json.loads(line) for line in ask(*questions, "--json").splitlines()] == alone
     shown = ask(*questions)
-    assert shown == "".join(f"{one['question']}\t{one['answer']}\n" for one in alone)
+    assert shown == "".join(f"{one['question']}\t{one_line(one['answer'])}\n" for one in alone)
+
+
+def test_a_question_with_line_breaks_keeps_one_line_an_answer(ask: Run) -> None:
+    questions = ["who?\nor what?", "why\t\r\u2028?"]
+    lines = ask(*questions, "--max-new-tokens", 20).splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["who?␊or what?", "why␉␍␤?"]
+    asked = [json.loads(line)["question"] for line in ask(*questions, "--json").splitlines()]
+    assert asked == questions
 
 
 def test_asking_changes_nothing(ask: Run, archive: str) -> None:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from drt.cli.app import INTERRUPTED
 from drt.eval.results import NeedleRecord, read_records
 from drt.models import loading
 from drt.models.drt import DRTForCausalLM
+from drt.terminal import INTERRUPTED
 
 Run = Callable[..., Any]
 SHORT = ("--length", "512", "--samples", "2", "--device", "cpu")
@@ -208,18 +208,19 @@ def test_an_installation_without_a_checkpoint_says_so(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--length", "1Q"], "wanted a length such as 4096, 64K or 1M, got '1Q'"),
-        (["--length", ""], "wanted a length such as 4096, 64K or 1M, got ''"),
-        (["--length", "4K,"], "wanted a length such as 4096, 64K or 1M, got ''"),
-        (["--length", "0"], "wanted a length such as 4096, 64K or 1M, got '0'"),
+        (["--length", "1Q"], "--length: wanted a length such as 4096, 64K or 1M, got '1Q'"),
+        (["--length", ""], "--length: wanted a length such as 4096, 64K or 1M, got ''"),
+        (["--length", "4K,"], "--length: wanted a length such as 4096, 64K or 1M, got ''"),
+        (["--length", "0"], "--length: wanted a length such as 4096, 64K or 1M, got '0'"),
+        (["--length", "9" * 5000], "--length: wanted a length such as 4096, 64K or 1M, got '999"),
         (["--length", "12"], "length 12 is too short for single: wanted at least 14 tokens"),
         (
             ["--length", "2M"],
             "the haystack (sample) is too short: wanted 2097152 tokens of text, got 1290297",
         ),
-        (["--task", "twohop"], "wanted tasks of single, multikey, multihop, got twohop"),
-        (["--task", ""], "wanted tasks of single, multikey, multihop, got"),
-        (["--segment-size", "big"], "wanted a length such as 4096, 64K or 1M, got 'big'"),
+        (["--task", "twohop"], "--task: wanted tasks of single, multikey, multihop, got twohop"),
+        (["--task", ""], "--task: wanted tasks of single, multikey, multihop, got"),
+        (["--segment-size", "big"], "--segment-size: wanted a length such as 4096, 64K or 1M, got 'big'"),
         (["--haystack", "nothing.txt"], "nothing.txt: no such file or folder"),
         (["--checkpoint", "nothing"], "no checkpoint folder at nothing"),
         (["--plot", "picture.gif"], "--plot picture.gif: wanted a file name that ends in .png, .pdf, .svg"),

@@ -7,9 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from drt.cli.shared import check_outputs, choose_device, choose_dtype, reading_progress, write_records
+from drt.cli.shared import (
+    check_outputs,
+    choose_device,
+    choose_dtype,
+    parse_length,
+    parse_lengths,
+    reading_progress,
+    write_records,
+)
+from drt.terminal import say
 
 if TYPE_CHECKING:
     from drt.eval.results import AnswerRecord
@@ -49,10 +57,10 @@ def ruler(
 
         drt eval ruler --checkpoint runs/my-model/final --length 4K,16K --samples 50
     """
-    from drt.data.needles import parse_length
     from drt.eval.ruler import evaluate_ruler
     from drt.models.loading import load_model
 
+    lengths = parse_lengths("--length", length)
     check_outputs({"--json": json})
     model, tokenizer = load_model(checkpoint, choose_dtype(dtype))
     model.to(choose_device(device))  # type: ignore[arg-type]
@@ -60,7 +68,7 @@ def ruler(
         model,
         tokenizer,
         tasks=task.split(","),
-        lengths=[parse_length(part) for part in length.split(",")],
+        lengths=lengths,
         samples=samples,
         seed=seed,
         checkpoint=str(checkpoint),
@@ -89,11 +97,11 @@ def summarization(
 
         drt eval summarization --checkpoint model --data cnn.jsonl --document-field article --summary-field highlights
     """
-    from drt.data.needles import parse_length
     from drt.data.summaries import read_pairs
     from drt.eval.summarization import evaluate_summaries
     from drt.models.loading import load_model
 
+    tokens_a_pass = parse_length("--segment-size", segment_size)
     check_outputs({"--json": json}, [data])
     pairs = read_pairs(data, document_field, summary_field)[: samples or None]
     model, tokenizer = load_model(checkpoint, choose_dtype(dtype))
@@ -107,7 +115,7 @@ def summarization(
             checkpoint=str(checkpoint),
             data=data.name,
             max_new_tokens=max_new_tokens,
-            segment_size=parse_length(segment_size),
+            segment_size=tokens_a_pass,
             on_progress=lambda tokens: progress.advance(bar, tokens),
         )
         _write_and_show(records, json)
@@ -115,13 +123,12 @@ def summarization(
 
 def _write_and_show(records: Iterable[AnswerRecord], path: Path) -> None:
     """Write each record as it comes, then print a table a task."""
-    from drt.cli.tables import print_table
+    from drt.cli.tables import print_report_table
     from drt.report.models import group_seeds
     from drt.report.tables import answer_table
 
     written = write_records(path, records)
-    console = Console()
     for task in dict.fromkeys(record.task for record in written):
         chosen = [record for record in written if record.task == task]
-        print_table(console, answer_table(task, group_seeds(chosen)))
-    console.print(f"records: {path}", highlight=False)
+        print_report_table(answer_table(task, group_seeds(chosen)))
+    say(f"records: {path}")

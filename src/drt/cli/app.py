@@ -8,8 +8,6 @@ reason.
 
 from __future__ import annotations
 
-import os
-import sys
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -18,8 +16,10 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 import drt
-from drt.errors import DRTError
 from drt.machine import keep_freed_memory
+from drt.terminal import INTERRUPTED, MISTAKE, plain_errors, program, say
+
+__all__ = ["COMMANDS", "INTERRUPTED", "MISTAKE", "app", "load_command", "main"]
 
 COMMANDS = {
     "needle": "Find needles in texts of any length.",
@@ -33,9 +33,6 @@ COMMANDS = {
     "info": "Show what a training run will take.",
     "data": "Fetch and prepare texts to train and evaluate on.",
 }
-
-MISTAKE = 2  # exit code for what the user can put right; also what typer uses for a wrong option
-INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 
 
 class Commands(TyperGroup):
@@ -56,19 +53,8 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a subcommand; what the user can put right becomes one line on stderr."""
-        try:
+        with plain_errors():
             return super().invoke(ctx)
-        except KeyboardInterrupt as interrupt:
-            typer.echo(f"\n{str(interrupt) or 'interrupted'}", err=True)
-            raise typer.Exit(INTERRUPTED) from interrupt
-        except DRTError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(MISTAKE) from error
-        except BrokenPipeError:
-            raise  # whoever read the output has left (`| head`): typer ends quietly
-        except OSError as error:
-            typer.echo(f"error: {_describe(error)}", err=True)
-            raise typer.Exit(MISTAKE) from error
 
 
 def load_command(name: str) -> Any:
@@ -86,20 +72,19 @@ def load_command(name: str) -> Any:
     return command
 
 
-def _describe(error: OSError) -> str:
-    """`path: reason` where Python gives both, else its own words."""
-    if error.filename is None or error.strerror is None:
-        return str(error)
-    return f"{error.filename}: {error.strerror}"
-
-
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"drt {drt.__version__}")
+        say(f"drt {drt.__version__}")
         raise typer.Exit
 
 
-app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},  # subcommands inherit it
+)
 
 
 @app.callback()
@@ -113,18 +98,7 @@ def root(
 
 
 def main() -> None:
-    """Entry point of the `drt` script."""
+    """Entry point of the `drt` script and of `python -m drt`."""
     keep_freed_memory()
-    try:
-        try:
-            app(prog_name="drt")
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes stdout once more as it exits, and would complain about the pipe that is gone.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()
+    with program():
+        app(prog_name="drt")

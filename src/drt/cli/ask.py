@@ -9,6 +9,7 @@ import typer
 
 from drt.errors import DRTError
 from drt.files import write_text
+from drt.terminal import one_line, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -118,11 +119,13 @@ def check_questions(questions: Sequence[str]) -> None:
 
 
 def show_answers(answers: Sequence[Answer], json: bool) -> None:
-    """Print the answers: the answer alone to a single question, else each after its question."""
+    """Print the answers: the answer alone to a single question, else each after its question, on one line."""
     from json import dumps
 
     for answer in answers:
         if json:
-            typer.echo(dumps({"question": answer.question, "answer": answer.text}))
+            say(dumps({"question": answer.question, "answer": answer.text}))
+        elif len(answers) == 1:
+            say(answer.text)
         else:
-            typer.echo(answer.text if len(answers) == 1 else f"{answer.question}\t{answer.text}")
+            say(f"{one_line(answer.question)}\t{one_line(answer.text)}")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from drt.terminal import say
+
 
 def convert(
     checkpoint: Annotated[
@@ -37,4 +39,4 @@ def convert(
 
     logging.disable_progress_bar()
     model = convert_authors_checkpoint(checkpoint, config, output)
-    typer.echo(f"{output}: {model.num_parameters():,} parameters", err=True)
+    say(f"{output}: {model.num_parameters():,} parameters", error=True)

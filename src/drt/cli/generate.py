@@ -12,7 +12,7 @@ from drt.errors import DRTError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import Cache, PreTrainedModel
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 
 def generate(
@@ -85,14 +85,13 @@ def generate(
 
     # Torch and transformers take seconds to import: not before `--help` and mistyped options are dealt with.
     import torch
-    from transformers import TextStreamer, set_seed
+    from transformers import set_seed
 
-    from drt.cli.shared import load_checkpoint, open_archive
-    from drt.data.needles import parse_length
+    from drt.cli.shared import load_checkpoint, open_archive, parse_length
     from drt.data.tokens import TextCodec
     from drt.models.drt import DRTCache
 
-    tokens_a_pass = parse_length(segment_size)
+    tokens_a_pass = parse_length("--segment-size", segment_size)
     loaded = load_checkpoint(checkpoint, device, dtype)
     model, tokenizer, _ = loaded
     ids = torch.from_numpy(TextCodec(tokenizer).encode(text)).long().to(model.device)[None]
@@ -105,7 +104,7 @@ def generate(
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=text_streamer(tokenizer),
         **sampling,
     )
 
@@ -157,6 +156,19 @@ def read_prompt(prompt: str | None, file: Path | None) -> bytes:
             f"{file or 'the prompt'} is not UTF-8 text: {error.reason} at byte {error.start}"
         ) from error
     return text
+
+
+def text_streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:
+    """Writes what is generated to standard output as it comes."""
+    from transformers import TextStreamer
+
+    from drt.terminal import say
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            say(text, end="\n" if stream_end else "")
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def read_segments(

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from drt.terminal import print_table
+
 
 def info(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run; see configs/.")],
@@ -20,17 +22,13 @@ def info(
     Operations are those of the mathematics (the convention of MFU). Memory of activations is measured on the CPU with
     a short row and scaled to the run's rows: kernels of a GPU keep less.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     from drt.train.config import RowsConfig, load_config
     from drt.train.estimate import estimate_run
 
     run = load_config(config, overrides or ())
     found = estimate_run(run, processes)
     share = processes if isinstance(run, RowsConfig) and run.sharding == "fsdp" else 1
-    table = Table(show_header=False)
-    for name, value in (
+    facts = (
         ("model", str(run.model.get("model_type", "drt"))),
         ("parameters", f"{found.parameters:,} ({found.embedding_parameters:,} in the embedding)"),
         ("tokens", f"{found.tokens:,} ({run.max_steps:,} steps of {run.tokens_per_step:,})"),
@@ -41,6 +39,5 @@ def info(
             f"activations of a pass ({found.rows_per_pass} x {found.row_length:,} tokens)",
             f"{found.activation_bytes / 2**30:.2f} GiB a process",
         ),
-    ):
-        table.add_row(name, value)
-    Console().print(table)
+    )
+    print_table(("", ""), facts, left=(0, 1))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from drt.errors import DRTError, Interrupted
+from drt.terminal import print_table, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,13 +71,12 @@ def build(
     # Torch and transformers take seconds to import: not before `--help` and mistyped options are dealt with.
     check_files(files)
 
-    from drt.cli.shared import check_maker, load_checkpoint
-    from drt.data.needles import parse_length
+    from drt.cli.shared import check_maker, load_checkpoint, parse_length
     from drt.memory.archive import MANIFEST
     from drt.memory.archive_writer import ArchiveWriter
     from drt.models.drt.archive_drt import describe_archive
 
-    tokens_a_pass = parse_length(segment_size)
+    tokens_a_pass = parse_length("--segment-size", segment_size)
     if dtype not in DTYPES:
         raise DRTError(f"--dtype: wanted {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {dtype!r}")
     loaded = load_checkpoint(checkpoint, device)
@@ -91,7 +91,7 @@ def build(
         if archive.finished and held != [str(path) for path in files]:
             raise DRTError(f"{output} holds {list_names(held)}; drt memory append adds documents to it")
         if archive.finished:
-            typer.echo(f"{output} is complete: {describe_size(archive)}")
+            say(f"{output} is complete: {describe_size(archive)}")
         else:
             read_files(loaded, archive, files)
 
@@ -140,7 +140,7 @@ def info(
     with Archive.open(folder) as archive:
         facts = archive_facts(archive)
     if json:
-        typer.echo(dumps(facts))
+        say(dumps(facts))
     else:
         show_facts(facts)
 
@@ -165,7 +165,7 @@ def index(folder: FolderArgument) -> None:
         size = archive.num_bytes[DATA_FILES[1]]
         task = progress.add_task("", total=size)
         archive.index(lambda count: progress.advance(task, size * count / archive.num_chunks))
-        typer.echo(f"{folder}: {archive.num_indexed:,} chunks are indexed")
+        say(f"{folder}: {archive.num_indexed:,} chunks are indexed")
 
 
 @memory.command()
@@ -186,10 +186,10 @@ def verify(folder: FolderArgument) -> None:
         task = progress.add_task("", total=total)
         problems = verify_archive(folder, lambda count: progress.advance(task, count))
     for problem in problems:
-        typer.echo(problem)
+        say(problem)
     if problems:
         raise typer.Exit(NOT_WHOLE)
-    typer.echo(f"{folder} is whole")
+    say(f"{folder} is whole")
 
 
 def check_files(files: Sequence[Path]) -> None:
@@ -267,7 +267,7 @@ def read_files(loaded: LoadedModel, archive: ArchiveWriter, files: Sequence[Path
             raise Interrupted(
                 f"stopped; {archive.path} keeps {describe_size(archive)}. The same command goes on from there."
             ) from interrupt
-    typer.echo(f"{archive.path}: {describe_size(archive)}")
+    say(f"{archive.path}: {describe_size(archive)}")
 
 
 def list_names(names: Sequence[str]) -> str:
@@ -301,13 +301,7 @@ def archive_facts(archive: Archive) -> dict[str, Any]:
 
 def show_facts(facts: dict[str, Any]) -> None:
     """Print the facts as a list and a table of the documents."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Column, Table
-    from rich.text import Text
-
     made_by = facts["description"]
-    console = Console(highlight=False)
     lines = {
         "archive": facts["path"],
         "model": f"{made_by['model_name']} ({made_by['model_fingerprint'][:12]})",
@@ -319,12 +313,10 @@ def show_facts(facts: dict[str, Any]) -> None:
     if facts["unfinished"]:
         lines["unfinished"] = "an append was interrupted; the same append goes on from there"
     for name, line in lines.items():
-        console.print(f"{name:<11}{line}", markup=False, soft_wrap=True)
-    table = Table(Column("document", overflow="fold"), box=SIMPLE_HEAD)
-    for name in ("tokens", "bytes", "chunks from", "to"):
-        table.add_column(name, justify="right")
+        say(f"{name:<11}{line}")
+    rows = []
     for document in facts["documents"]:
         first, count = document["first_chunk"], document["num_chunks"]
         numbers = (document["num_tokens"], document["num_bytes"], first, first + count)
-        table.add_row(Text(document["name"]), *(f"{number:,}" for number in numbers))
-    console.print(table)
+        rows.append((document["name"], *(f"{number:,}" for number in numbers)))
+    print_table(("document", "tokens", "bytes", "chunks from", "to"), rows)

@@ -8,13 +8,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
-from drt.cli.shared import check_outputs, load_checkpoint, reading_progress
+from drt.cli.shared import (
+    check_outputs,
+    load_checkpoint,
+    naming,
+    parse_length,
+    parse_lengths,
+    reading_progress,
+)
 from drt.errors import DRTError, Interrupted
 from drt.files import atomic_write
+from drt.terminal import print_table, say
 
 if TYPE_CHECKING:
     from drt.eval.needle import NeedlePlan, SampleKey
@@ -111,21 +116,22 @@ def needle(
     # Torch and transformers take seconds to import: not before `--help` and mistyped options are dealt with.
     import torch
 
-    from drt.data.needles import load_haystack, parse_length
+    from drt.data.needles import load_haystack
     from drt.eval.needle import NeedlePlan, evaluate_needles, finished_keys
     from drt.eval.results import NeedleRecord, read_records
     from drt.plotting.needle import plot_needles
 
-    plan = NeedlePlan(
-        tasks=tuple(task.split(",")),
-        lengths=tuple(parse_length(part) for part in length.split(",")),
-        samples=samples,
-        seed=seed,
-        needles=needles,
-        hops=hops,
-        chains=chains,
-    )
-    tokens_a_pass = parse_length(segment_size)
+    lengths, tokens_a_pass = parse_lengths("--length", length), parse_length("--segment-size", segment_size)
+    with naming("--task"):
+        plan = NeedlePlan(
+            tasks=tuple(task.split(",")),
+            lengths=lengths,
+            samples=samples,
+            seed=seed,
+            needles=needles,
+            hops=hops,
+            chains=chains,
+        )
     if plot.suffix not in FIGURES:
         raise DRTError(f"--plot {plot}: wanted a file name that ends in {', '.join(FIGURES)}")
     check_outputs({"--json": json, "--plot": plot}, haystack or ())
@@ -160,9 +166,8 @@ def needle(
         records += write_all(answers, json, resume, watch)
     with atomic_write(plot) as file:
         plot_needles(records).savefig(file, format=plot.suffix.removeprefix("."), dpi=150)
-    console = Console()
-    console.print(results_table(records))
-    console.print(f"records: {json}, picture: {plot}", highlight=False)
+    print_results(records)
+    say(f"records: {json}, picture: {plot}")
 
 
 class Watch:
@@ -232,19 +237,17 @@ def write_all(answers: Iterator[NeedleRecord], path: Path, append: bool, watch: 
     return records
 
 
-def results_table(records: list[NeedleRecord]) -> Table:
-    """One row for each task and length."""
+def print_results(records: list[NeedleRecord]) -> None:
+    """A table, 80 columns wide: one row for each task and length."""
     from drt.eval.results import format_length, summarise
 
-    table = Table(title=f"Needles found by {records[0].checkpoint}", box=SIMPLE_HEAD)  # fits 80 columns
-    table.add_column("task")
-    for name in ("length", "found", "share", "s a text", "tokens/s", "ms a token", "peak RAM"):
-        table.add_column(name, justify="right")
+    columns = ("task", "length", "found", "share", "s a text", "tokens/s", "ms a token", "peak RAM")
+    rows = []
     for row in summarise(records):
         memory = f"{row.peak_rss_bytes / 1e6:.0f} MB"
         if row.peak_device_bytes is not None:
             memory += f", GPU {row.peak_device_bytes / 1e6:,.0f} MB"
-        table.add_row(
+        cells = (
             row.task,
             format_length(row.length),
             f"{row.correct}/{row.samples}",
@@ -254,4 +257,5 @@ def results_table(records: list[NeedleRecord]) -> Table:
             f"{1e3 * row.decode_seconds_per_token:.1f}",
             memory,
         )
-    return table
+        rows.append(cells)
+    print_table(columns, rows, title=f"Needles found by {records[0].checkpoint}")

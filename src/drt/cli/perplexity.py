@@ -9,11 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from drt.cli.shared import check_outputs, choose_device, choose_dtype, reading_progress, write_records
+from drt.cli.shared import (
+    check_outputs,
+    choose_device,
+    choose_dtype,
+    parse_length,
+    parse_lengths,
+    reading_progress,
+    write_records,
+)
 from drt.errors import DRTError, Interrupted
 from drt.files import atomic_write
+from drt.terminal import say
 
 if TYPE_CHECKING:
     from drt.eval.results import EvaluationRecord
@@ -89,7 +97,7 @@ def perplexity(
         chain.from_iterable(_evaluate(str(folder), folder, settings, label) for folder, label in pairs),
     )
     show(records, settings, reference)
-    Console().print(f"records: {json}", highlight=False)
+    say(f"records: {json}")
 
 
 def runs(
@@ -137,14 +145,14 @@ def runs(
     waiting = {name: path for name, path in found.items() if not files[name].exists()}
     kept = [name for name in found if name not in waiting]
     if kept:
-        Console(stderr=True).print(f"kept, not read again: {', '.join(kept)}", highlight=False)
+        say(f"kept, not read again: {', '.join(kept)}", error=True)
     for number, (name, path) in enumerate(waiting.items(), start=1):
         _write_whole(files[name], _evaluate(name, path, settings, f"{name} ({number} of {len(waiting)})"))
     records = [record for path in files.values() for record in read_records(path, EvaluationRecord)]
     show(records, settings, reference)
     blocks = build_page(records, reference=reference, positions=settings.positions)
     pages = write_page(blocks, output)
-    Console().print(f"records: {output}, report: {', '.join(map(str, pages))}", highlight=False)
+    say(f"records: {output}, report: {', '.join(map(str, pages))}")
 
 
 @dataclass(frozen=True)
@@ -190,18 +198,16 @@ def _settings(
     """
     import torch
 
-    from drt.data.needles import parse_length
-
     if threads:
         torch.set_num_threads(threads)
     return _Settings(
         data=data,
         split=split,
-        positions=tuple(sorted({parse_length(part) for part in lengths.split(",")})),
-        shortest=parse_length(shortest),
-        longest=None if longest is None else parse_length(longest),
+        positions=tuple(sorted(set(parse_lengths("--lengths", lengths)))),
+        shortest=parse_length("--shortest", shortest),
+        longest=None if longest is None else parse_length("--longest", longest),
         documents=documents or None,
-        segment_size=parse_length(segment_size),
+        segment_size=parse_length("--segment-size", segment_size),
         batch_size=batch_size,
         device=device,
         dtype=dtype,
@@ -267,7 +273,7 @@ def _write_whole(path: Path, records: Iterable[EvaluationRecord]) -> None:
 
 def show(records: Sequence[EvaluationRecord], settings: _Settings, reference: str | None) -> None:
     """Print the tables of perplexity records."""
-    from drt.cli.tables import print_table
+    from drt.cli.tables import print_report_table
     from drt.eval.results import PerplexityRecord
     from drt.report.models import group_seeds
     from drt.report.tables import difference_table, perplexity_table
@@ -275,9 +281,8 @@ def show(records: Sequence[EvaluationRecord], settings: _Settings, reference: st
     models = group_seeds([record for record in records if isinstance(record, PerplexityRecord)])
     if reference is not None and reference not in models:
         raise DRTError(f"--reference: wanted one of {', '.join(models)}, got {reference!r}")
-    console = Console()
     tables: list[Table] = [perplexity_table(_data_name(settings), models, settings.positions)]
     if len(models) > 1:
         tables.append(difference_table(_data_name(settings), models, reference))
     for table in tables:
-        print_table(console, table)
+        print_report_table(table)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from drt.terminal import say
+
 
 def report(
     records: Annotated[
@@ -33,13 +35,12 @@ def report(
 
         drt report results/books needle.jsonl -o report
     """
-    from rich.console import Console
-
-    from drt.data.needles import parse_length
+    from drt.cli.shared import parse_lengths
     from drt.errors import DRTError
     from drt.eval.results import EvaluationRecord, read_records
     from drt.report.page import build_page, write_page
 
+    positions = sorted(set(parse_lengths("--lengths", lengths)))
     files: list[Path] = []
     for path in records:
         inside = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
@@ -47,7 +48,6 @@ def report(
             raise DRTError(f"{path}: wanted a folder with files of records (*.jsonl), got none")
         files += inside
     found = [record for file in files for record in read_records(file, EvaluationRecord)]
-    positions = sorted({parse_length(part) for part in lengths.split(",")})
     blocks = build_page(found, reference=reference, positions=positions)
     for page in write_page(blocks, output):
-        Console().print(str(page), highlight=False)
+        say(str(page))

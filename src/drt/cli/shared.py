@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -23,6 +23,7 @@ from rich.text import Text
 
 from drt.errors import DRTError
 from drt.files import check_output, open_regular
+from drt.terminal import PlainConsole
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,32 @@ def choose_dtype(name: str | None) -> torch.dtype | None:
     if name not in dtypes:
         raise DRTError(f"--dtype: wanted float32 or bfloat16, got {name!r}")
     return dtypes[name]
+
+
+@contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Begin messages of mistakes with the option that is wrong."""
+    try:
+        yield
+    except DRTError as error:
+        raise DRTError(f"{option}: {error}") from error
+
+
+def parse_length(option: str, text: str) -> int:
+    """Tokens of an option such as `--segment-size 64K`.
+
+    Raises:
+        DRTError: it is no length; names the option.
+    """
+    from drt.data import needles
+
+    with naming(option):
+        return needles.parse_length(text)
+
+
+def parse_lengths(option: str, text: str) -> tuple[int, ...]:
+    """Tokens of an option that takes a list such as `4K,64K`; raises as `parse_length`."""
+    return tuple(parse_length(option, part) for part in text.split(","))
 
 
 class LoadedModel(NamedTuple):
@@ -179,12 +206,12 @@ class TokensColumn(ProgressColumn):
 
 def reading_progress() -> Progress:
     """A bar on stderr that counts tokens read; nothing where stderr is no terminal. Tasks have a description."""
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     return Progress(
         TextColumn("reading"),
         BarColumn(),
         TokensColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
@@ -193,7 +220,7 @@ def reading_progress() -> Progress:
 
 def bytes_progress(doing: str) -> Progress:
     """A bar on stderr that counts bytes; nothing where stderr is no terminal."""
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     return Progress(
         TextColumn(doing),
         BarColumn(),

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from rich import table as rich_table
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-
-from drt.report.tables import Table
-
-_WIDEST = 1000  # characters
+from drt.report.tables import Table, best_number
+from drt.terminal import print_table
 
 
-def print_table(console: Console, table: Table) -> None:
-    """The table and its note; no column is left out where the terminal is narrower."""
-    shown = rich_table.Table(title=table.title, box=SIMPLE_HEAD)
-    for number, column in enumerate(table.columns):
-        if number:
-            shown.add_column(column, justify="right", no_wrap=True)
-        else:
-            shown.add_column(column, overflow="fold", min_width=12)
-    for row in table.rows:
-        shown.add_row(*(f"[bold]{cell.strip('*')}[/]" if cell.startswith("**") else cell for cell in row))
-    needed = console.measure(shown, options=console.options.update(max_width=_WIDEST)).maximum
-    Console(width=max(console.width, needed)).print(shown)
-    if table.note:
-        console.print(f"{table.note}\n", highlight=False, markup=False)
+def print_report_table(table: Table) -> None:
+    """The table and its note."""
+    rows, bold = [], []
+    for row, cells in enumerate(table.rows):
+        numbers = [best_number(cell) for cell in cells]
+        bold += [(row, column) for column, number in enumerate(numbers) if number is not None]
+        rows.append([cell if number is None else number for cell, number in zip(cells, numbers, strict=True)])
+    note = f"{table.note}\n" if table.note else ""
+    print_table(table.columns, rows, title=table.title, note=note, bold=bold)

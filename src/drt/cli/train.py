@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from drt.terminal import PlainConsole, say
+
 
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run; see configs/.")],
@@ -25,11 +27,9 @@ def train(
     checkpoint. Ctrl-C finishes the step, saves a checkpoint and exits with code 130.
     """
     # Torch and transformers take seconds to import: not before `--help` and mistyped options are dealt with.
-    from rich.console import Console
-
     from drt.train.config import load_config
     from drt.train.run import run_training
 
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     final = run_training(load_config(config, overrides or ()), ["drt", *sys.argv[1:]], console)
-    console.print(f"the trained model is in {final}")
+    say(f"the trained model is in {final}", error=True)

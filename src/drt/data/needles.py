@@ -135,7 +135,7 @@ def parse_length(text: str) -> int:
     Raises:
         DRTError: anything else.
     """
-    match = re.fullmatch(r"0*([1-9][0-9]*)([KM]?)", text.strip())
+    match = re.fullmatch(r"0*([1-9][0-9]{0,14})([KM]?)", text.strip())
     if match is None:
         raise DRTError(f"wanted a length such as 4096, 64K or 1M, got {text!r}")
     return int(match[1]) * _UNITS[match[2]]

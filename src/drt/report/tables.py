@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from drt.eval.results import (
 from drt.report.models import Models
 
 ABSENT = "-"
+_BEST = re.compile(r"\*\*([0-9.]+)\*\*")
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,12 @@ def format_count(number: int) -> str:
         if number >= unit:
             return f"{number / unit:.4g}{name}"
     return str(number)
+
+
+def best_number(cell: str) -> str | None:
+    """The number of a cell that stands out as the best of its column, None for any other cell."""
+    found = _BEST.fullmatch(cell)
+    return None if found is None else found[1]
 
 
 def _mark_best(numbers: Sequence[Sequence[float | None]], formats: Sequence[str]) -> list[list[str]]:

@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from drt.errors import DRTError, Interrupted
 from drt.models.drt.embedder import attach_embedder
+from drt.terminal import PlainConsole
 from drt.train.batches import BatchMaker
 from drt.train.checkpoints import checkpoint_folder, find_checkpoints
 from drt.train.config import LanguageModelConfig, RunConfig, SummarizationConfig, TrainConfig, config_to_dict
@@ -62,7 +63,7 @@ def run_training(config: RunConfig, command: list[str], console: Console | None 
         Interrupted: Ctrl-C, after the step at hand was finished and a checkpoint written.
     """
     rank = int(os.environ.get("RANK", "0"))
-    console = Console(quiet=True) if rank else console or Console(stderr=True)
+    console = PlainConsole(quiet=True) if rank else console or PlainConsole(stderr=True)
     output_dir = Path(config.output_dir)
     if rank == 0:
         prepare_output(config)
