@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from drt.models.common.columns import ReadColumns
 from drt.models.common.rows import NewTokens
+
+PACKED = (
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "seq_idx",
+)  # how collators tell other models what position_ids say too
 
 
 @torch.compiler.disable
@@ -53,6 +63,26 @@ def check_inputs(
     mask = None if attention_mask is None else _new_part_of_mask(attention_mask, shape, past)
     starts = None if position_ids is None else _document_starts(position_ids, mask, shape, past)
     return NewTokens(mask, starts, mask is not None and bool((mask[:, :-1] & ~mask[:, 1:]).any()))
+
+
+def check_arguments(
+    config: PreTrainedConfig,
+    output_attentions: bool | None,
+    position_ids: Tensor | None,
+    others: Mapping[str, Any],
+) -> None:
+    """Refuse arguments of the library's models that say something and would not be heeded."""
+    if output_attentions or (output_attentions is None and config.output_attentions):
+        raise ValueError(
+            "output_attentions=True cannot be had: attention weights are made in blocks and never held. Wanted: False"
+        )
+    if others.get("head_mask") is not None:
+        raise ValueError("head_mask is not supported, got one; wanted None")
+    packed = [name for name in PACKED if others.get(name) is not None]
+    if packed and position_ids is None:
+        raise ValueError(
+            f"{', '.join(packed)} says where packed documents lie; wanted position_ids that begin again at 0 with each"
+        )
 
 
 def check_labels(labels: Tensor | None, source: Tensor | None) -> None:

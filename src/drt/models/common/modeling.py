@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from drt.models.common.cache import DecoderCache
 from drt.models.common.columns import ReadColumns
 from drt.models.common.configuration import DecoderConfig
 from drt.models.common.generation import OwnCacheGenerationMixin
-from drt.models.common.inputs import check_cache, check_inputs, check_labels
+from drt.models.common.inputs import check_arguments, check_cache, check_inputs, check_labels
 from drt.models.common.loss import causal_loss, needs_no_logits
 from drt.models.common.rows import NewTokens, PackedRows, pack_rows
 from drt.ops.window_attention import alibi_slopes
@@ -91,6 +92,7 @@ class StackModel(DecoderPreTrainedModel):
     layers: nn.ModuleList
     norm: nn.Module
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -100,20 +102,31 @@ class StackModel(DecoderPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         chunk_ends: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the stack over new tokens; arguments as in `DecoderGenerationMixin.forward`."""
+        check_arguments(self.config, output_attentions, position_ids, kwargs)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         source, new, rows, cache = self.begin_pass(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, chunk_ends, use_cache
         )
         hidden_states = self.embed_tokens(source) if input_ids is not None else source
         states = [None] * len(self.layers) if cache is None else cache.layers
+        inputs = []
         for layer, state in zip(self.layers, states, strict=True):
+            inputs += [rows.unpack(hidden_states)] if output_hidden_states else []
             hidden_states = layer(hidden_states, state)
         hidden_states = rows.unpack(self.norm(hidden_states))
         if cache is not None:
             cache.finish(hidden_states, new)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=cache)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=cache,
+            hidden_states=(*inputs, hidden_states) if output_hidden_states else None,
+        )
 
 
 class DecoderGenerationMixin(OwnCacheGenerationMixin):
@@ -124,6 +137,7 @@ class DecoderGenerationMixin(OwnCacheGenerationMixin):
     vocab_size: int
     lm_head: nn.Linear
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -135,6 +149,8 @@ class DecoderGenerationMixin(OwnCacheGenerationMixin):
         chunk_ends: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Token ids to logits (B, L, V) and a loss.
@@ -157,10 +173,15 @@ class DecoderGenerationMixin(OwnCacheGenerationMixin):
                 ``config.use_cache`` where there are no ``labels``, no gradient is recorded and every row is one
                 document without padding behind it.
             logits_to_keep: logits of the last n positions only (0: all), or of the positions in a tensor.
+            output_hidden_states: also return (B, L, H) each: the embeddings, what every layer gives at the tokens, and
+                at last what the head reads. Default: ``config.output_hidden_states``.
+            output_attentions: refused: attention weights are made in blocks and never held.
+            kwargs: what else the library hands to models; what says something that is not heeded is refused.
 
         Raises:
             ValueError: for input that cannot be laid out; the message names what was got and what is wanted.
         """
+        check_arguments(self.model.config, output_attentions, position_ids, kwargs)
         check_labels(labels, input_ids if input_ids is not None else inputs_embeds)
         if use_cache is None and labels is not None and past_key_values is None:
             use_cache = False
@@ -172,6 +193,8 @@ class DecoderGenerationMixin(OwnCacheGenerationMixin):
             inputs_embeds=inputs_embeds,
             chunk_ends=chunk_ends,
             use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         states = outputs.last_hidden_state
         logits = loss = None
@@ -184,7 +207,12 @@ class DecoderGenerationMixin(OwnCacheGenerationMixin):
             loss = self.loss_function(  # type: ignore[attr-defined]  # of PreTrainedModel
                 logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
 
     def make_cache(self) -> DecoderCache:
         return self.model.make_cache()

@@ -180,9 +180,9 @@ class DRTCache(Cache):
         for number, layer in enumerate(self.layers):
             layer.row_lengths = lower if number < self.num_lower_layers else upper
 
-    def finish(self, layout: ChunkLayout, length: int, new: NewTokens) -> None:
+    def finish(self, layout: ChunkLayout, new: NewTokens) -> None:
         """Count what the pass has read."""
-        self.columns.add(length, new.mask)
+        self.columns.add(layout.token_position.shape[1], new.mask)
         self.open_lengths = layout.open_lengths
         closed = layout.closed_counts
         self.closed_counts = closed if self.closed_counts is None else self.closed_counts + closed

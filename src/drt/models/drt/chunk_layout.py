@@ -69,6 +69,7 @@ class ChunkLayout:
     Attributes:
         row_lengths: (B,) compact positions of each row (on the CPU).
         compact_length: longest row, landmarks included; at least 1.
+        token_position: (B, L) flat compact index of each input token (on the CPU); anything at padding.
         token_index: (B, compact_length) flat index into the (B, L) input; anything at landmarks and padding.
         is_landmark: (B, compact_length) bool.
         closed_counts: (B,) chunks that close in this pass (on the CPU); N is the largest.
@@ -85,6 +86,7 @@ class ChunkLayout:
 
     row_lengths: Tensor
     compact_length: int
+    token_position: Tensor
     token_index: Tensor
     is_landmark: Tensor
     closed_counts: Tensor
@@ -211,6 +213,7 @@ def _layout(
     return ChunkLayout(
         row_lengths=row_lengths,
         compact_length=compact_length,
+        token_position=position.clamp_min(0) + rows * compact_length,
         token_index=place(token_index),
         is_landmark=place(is_landmark),
         closed_counts=closed_counts,

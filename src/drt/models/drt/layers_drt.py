@@ -32,7 +32,8 @@ class DRTLowerLayer(GradientCheckpointingLayer):
 class DRTUpperLayer(GradientCheckpointingLayer):
     """Window attention, grouped cross-attention and MLP.
 
-    What is read from chunks feeds the MLP only; the residual carries the state before it (section 3.2).
+    What is read from chunks feeds the MLP only; the residual carries the state before it (section 3.2). The fields of a
+    `RetrievedMemory`, a `Retrieval` or nothing come as ``chunks``.
     With ``kept`` (B, n), flat indices of positions, only those attend to chunks, by blocks of their own, and go through
     the MLP; (B, n, H) comes out.
     """
@@ -57,19 +58,19 @@ class DRTUpperLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        memory: RetrievedMemory | Retrieval | None,
         block_index: Tensor,
         block_inverse: Tensor,
         state: WindowState | None = None,
         kept: Tensor | None = None,
+        *chunks: Tensor | Retrieval,
     ) -> Tensor:
         hidden_states = hidden_states + self.window_attention(self.attention_norm(hidden_states), state)
         if kept is not None:
             hidden_states = hidden_states.flatten(0, 1)[kept]
         informed = hidden_states
-        if isinstance(memory, Retrieval):  # chunks travel from the host while the window is attended to
-            memory = memory.wait()
-        if memory is not None:
+        if chunks:
+            # Chunks travel from the host while the window is attended to.
+            memory = chunks[0].wait() if isinstance(chunks[0], Retrieval) else RetrievedMemory._make(chunks)
             informed = informed + self.grouped_cross_attention(
                 hidden_states, memory, block_index, block_inverse
             )

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
-from transformers.utils.generic import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from drt.layers.chunk_encoder import ChunkEncoder
 from drt.layers.fixed_retrievers import FIXED_RETRIEVERS, FixedRetriever
@@ -29,37 +26,20 @@ from drt.models.drt.chunk_layout import ChunkLayout, build_chunk_layout, kept_co
 from drt.models.drt.configuration_drt import DRTConfig
 from drt.models.drt.layers_drt import DRTLowerLayer, DRTUpperLayer
 from drt.models.drt.memory_drt import ChunkMemory, Retrieval
-from drt.models.drt.validation import check_inputs, check_labels
+from drt.models.drt.outputs_drt import DRTCausalLMOutput, DRTModelOutput
+from drt.models.drt.validation import check_arguments, check_inputs, check_labels
 from drt.ops.window_attention import alibi_slopes
 
 logger = logging.get_logger(__name__)
 
 
-@dataclass
-class DRTModelOutput(ModelOutput):
-    """Output of `DRTModel`.
+class _Run(NamedTuple):
+    """What a pass of the stack gives: its output where it is wanted, before the norm; what each group retrieved; and,
+    where they are wanted, the inputs of each layer, (B, L, H) at the tokens."""
 
-    Attributes:
-        last_hidden_state: (B, L, H), aligned with the input: what predicts the token after each input token; with
-            ``states_to_keep``, of the last of them only.
-        past_key_values: the decoding state, when ``use_cache``.
-        chunk_indices: per group (B, N, K), what each of the N chunks that closed in this pass retrieved; -1 for an
-            empty slot. Only with ``output_retrieval=True``.
-        chunk_weights: per group (B, N, K) float32, the weights of those chunks.
-    """
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    chunk_indices: tuple[Tensor, ...] | None = None
-    chunk_weights: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class DRTCausalLMOutput(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast` with the retrieval records of `DRTModelOutput`."""
-
-    chunk_indices: tuple[Tensor, ...] | None = None
-    chunk_weights: tuple[Tensor, ...] | None = None
+    hidden_states: Tensor
+    retrieved: list[RetrievedMemory]
+    inputs: list[Tensor]
 
 
 class DRTPreTrainedModel(PreTrainedModel):
@@ -118,6 +98,7 @@ class DRTModel(DRTPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -129,6 +110,9 @@ class DRTModel(DRTPreTrainedModel):
         use_cache: bool | None = None,
         output_retrieval: bool = False,
         states_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        only_remember: bool = False,
         **kwargs: Any,
     ) -> DRTModelOutput:
         """Run the stack over new tokens.
@@ -154,31 +138,35 @@ class DRTModel(DRTPreTrainedModel):
                 it.
             output_retrieval: also return what each group retrieved.
             states_to_keep: hidden states of the last n tokens only (0: all), or of the columns in a tensor.
+            output_hidden_states: also return what every layer gives. Default: ``config.output_hidden_states``.
+            output_attentions: refused: attention weights are made in blocks and never held.
+            only_remember: see `remember`.
+            kwargs: what else the library hands to models; what says something that is not heeded is refused.
 
         Raises:
             ValueError: for input that cannot be laid out; the message names what was got and what is wanted.
         """
+        check_arguments(self.config, output_attentions, position_ids, kwargs)
+        wants_layers = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        wants_layers = bool(wants_layers) and not only_remember
         new = check_inputs(
-            self.config,
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            chunk_ends,
-            past_key_values,
+            self.config, input_ids, inputs_embeds, attention_mask, position_ids, chunk_ends, past_key_values
         )
         cache = self._cache(past_key_values, use_cache, new)
         source = input_ids if input_ids is not None else inputs_embeds
         assert source is not None  # checked
-        length = source.shape[1]
         rows, mask = PackedRows(None, None, None), new.mask
         if new.starts is not None:
-            rows = pack_rows(new, (source.shape[0], length), source.device)
+            rows = pack_rows(new, (source.shape[0], source.shape[1]), source.device)
             source, mask = rows.pack(source), rows.mask()
             chunk_ends = None if chunk_ends is None else rows.pack(chunk_ends.to(source.device))
         kept = states_to_keep if isinstance(states_to_keep, Tensor) else states_to_keep or None
-        last = states_to_keep if isinstance(states_to_keep, int) else 0
+        whole = new.starts is not None or wants_layers
+        last = kept if isinstance(kept, int) else 0
         only_read = last and cache is not None and not output_retrieval and not torch.is_grad_enabled()
+        reach = 1 if only_remember else upper_reach(self.config, last)
         layout = build_chunk_layout(
             source.shape[0],
             source.shape[1],
@@ -187,33 +175,28 @@ class DRTModel(DRTPreTrainedModel):
             attention_mask=mask,
             chunk_ends=chunk_ends,
             open_lengths=None if cache is None else cache.open_lengths,
-            kept=kept if new.starts is None else None,
-            reach=upper_reach(self.config, last) if only_read else None,
+            kept=None if whole else kept,
+            reach=reach if only_read and not whole else None,
             device=source.device,
         )
         if cache is not None:
             cache.begin(layout)
-        hidden_states = self._embed(source, layout)
-        states: Sequence[WindowState | None] = (
-            [None] * self.config.num_hidden_layers if cache is None else cache.layers
-        )
-        for layer, state in zip(self.lower_layers, states, strict=False):
-            hidden_states = layer(hidden_states, state)
-        memory = self._remember(source, hidden_states, layout, cache) if self.config.retrieval else None
-        upper_states = states[len(self.lower_layers) :]
-        hidden_states, retrieved = self._upper(hidden_states, layout, memory, upper_states)
+        run = self._run(source, layout, cache, only_remember, wants_layers)
         if cache is not None:
-            cache.finish(layout, length, new)
-        hidden_states = rows.unpack(self.norm(hidden_states))
-        if new.starts is not None:
-            hidden_states = hidden_states[:, kept_columns(kept)]
+            cache.finish(layout, new)
+        if only_remember:
+            assert cache is not None
+            cache.drop_upper()
+            return DRTModelOutput(past_key_values=cache)
+        hidden_states = rows.unpack(self.norm(run.hidden_states))
         return DRTModelOutput(
-            last_hidden_state=hidden_states,
+            last_hidden_state=hidden_states[:, kept_columns(kept)] if whole else hidden_states,
             past_key_values=cache,
-            chunk_indices=tuple(memory.chunk_indices[:, 1:] for memory in retrieved)
+            hidden_states=(*map(rows.unpack, run.inputs), hidden_states) if wants_layers else None,
+            chunk_indices=tuple(memory.chunk_indices[:, 1:] for memory in run.retrieved)
             if output_retrieval
             else None,
-            chunk_weights=tuple(memory.chunk_weights[:, 1:] for memory in retrieved)
+            chunk_weights=tuple(memory.chunk_weights[:, 1:] for memory in run.retrieved)
             if output_retrieval
             else None,
         )
@@ -238,26 +221,37 @@ class DRTModel(DRTPreTrainedModel):
             raise ValueError(
                 "a model with retrieval=False has no chunk memory: there is nothing to remember in"
             )
-        new = check_inputs(self.config, input_ids, None, None, None, chunk_ends, cache)
-        batch_size, length = input_ids.shape
-        layout = build_chunk_layout(
-            batch_size,
-            length,
-            self.config.chunk_size,
-            landmark_predicts=self.config.landmark_predicts,
-            chunk_ends=chunk_ends,
-            open_lengths=cache.open_lengths,
-            kept=1,
-            reach=1,
-            device=input_ids.device,
+        # By the module's call: an offloaded model has its weights only then.
+        self(input_ids, past_key_values=cache, chunk_ends=chunk_ends, states_to_keep=1, only_remember=True)
+
+    def _run(
+        self,
+        source: Tensor,
+        layout: ChunkLayout,
+        cache: DRTCache | None,
+        only_remember: bool,
+        wants_layers: bool,
+    ) -> _Run:
+        """The stack over packed rows."""
+        inputs: list[Tensor] = []
+
+        def note(hidden_states: Tensor) -> None:
+            if wants_layers:
+                inputs.append(hidden_states.flatten(0, 1)[layout.token_position.to(hidden_states.device)])
+
+        hidden_states = self._embed(source, layout)
+        states: Sequence[WindowState | None] = (
+            [None] * self.config.num_hidden_layers if cache is None else cache.layers
         )
-        cache.begin(layout)
-        hidden_states = self._embed(input_ids, layout)
-        for layer, state in zip(self.lower_layers, cache.layers, strict=False):
+        for layer, state in zip(self.lower_layers, states, strict=False):
+            note(hidden_states)
             hidden_states = layer(hidden_states, state)
-        self._remember(input_ids, hidden_states, layout, cache)
-        cache.finish(layout, length, new)
-        cache.drop_upper()
+        memory = self._remember(source, hidden_states, layout, cache) if self.config.retrieval else None
+        retrieved: list[RetrievedMemory] = []
+        if not only_remember:
+            upper_states = states[len(self.lower_layers) :]
+            hidden_states, retrieved = self._upper(hidden_states, layout, memory, upper_states, note)
+        return _Run(hidden_states, retrieved, inputs)
 
     def _cache(
         self, past_key_values: DRTCache | None, use_cache: bool | None, new: NewTokens
@@ -284,6 +278,7 @@ class DRTModel(DRTPreTrainedModel):
         layout: ChunkLayout,
         memory: ChunkMemory | None,
         states: Sequence[WindowState | None],
+        note: Callable[[Tensor], None],
     ) -> tuple[Tensor, list[RetrievedMemory]]:
         """Groups of upper layers; returns their output where it is wanted and what each group retrieved.
 
@@ -302,8 +297,12 @@ class DRTModel(DRTPreTrainedModel):
             blocks, kept = (upper.block_index, upper.block_inverse), None
             if number == len(self.upper_layers) - 1:
                 blocks, kept = (upper.output_block_index, upper.output_block_inverse), upper.output_index
-            chunks = retrieved[-1] if retrieved else None
-            hidden_states = layer(hidden_states, chunks, *blocks, states[number], kept)
+            # As tensors, one by one: reentrant checkpointing sees none inside of anything.
+            chunks: tuple[Tensor | Retrieval, ...] = ()
+            if retrieved:
+                chunks = (retrieved[-1],) if isinstance(retrieved[-1], Retrieval) else retrieved[-1]
+            note(hidden_states)
+            hidden_states = layer(hidden_states, *blocks, states[number], kept, *chunks)
         if not self.upper_layers:
             hidden_states = hidden_states.flatten(0, 1)[upper.output_index]
         memories = [one.wait() if isinstance(one, Retrieval) else one for one in retrieved]
@@ -364,6 +363,7 @@ class DRTForCausalLM(OwnCacheGenerationMixin, DRTPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -376,6 +376,8 @@ class DRTForCausalLM(OwnCacheGenerationMixin, DRTPreTrainedModel):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_retrieval: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> DRTCausalLMOutput:
         """As `DRTModel.forward`, with logits (B, L, V) and a loss.
@@ -388,6 +390,7 @@ class DRTForCausalLM(OwnCacheGenerationMixin, DRTPreTrainedModel):
             logits_to_keep: logits of the last n positions only (0: all), or of the positions in a tensor. With n >= 1
                 and a cache, a long text is read at little more than the lower decoder's cost (see `DRTModel.forward`).
         """
+        check_arguments(self.config, output_attentions, position_ids, kwargs)
         check_labels(labels, input_ids if input_ids is not None else inputs_embeds)
         if use_cache is None and labels is not None and past_key_values is None:
             use_cache = False
@@ -401,6 +404,8 @@ class DRTForCausalLM(OwnCacheGenerationMixin, DRTPreTrainedModel):
             use_cache=use_cache,
             output_retrieval=output_retrieval,
             states_to_keep=logits_to_keep,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         states = outputs.last_hidden_state
         logits = loss = None
@@ -416,6 +421,7 @@ class DRTForCausalLM(OwnCacheGenerationMixin, DRTPreTrainedModel):
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
             chunk_indices=outputs.chunk_indices,
             chunk_weights=outputs.chunk_weights,
         )

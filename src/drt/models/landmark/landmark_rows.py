@@ -18,6 +18,7 @@ class LandmarkRows(NamedTuple):
         lengths: (B,) new slots of each row (on the CPU).
         token_index: (B, P) flat index into packed (B, T) tokens; anything at landmarks and padding.
         is_landmark: (B, P) bool.
+        token_position: (B, T) flat index of each token's own slot.
         output_index: (B, T) flat index of the slot that predicts what follows each token: of a chunk's last token
             it is the landmark.
     """
@@ -26,6 +27,7 @@ class LandmarkRows(NamedTuple):
     lengths: Tensor
     token_index: Tensor
     is_landmark: Tensor
+    token_position: Tensor
     output_index: Tensor
 
 
@@ -44,11 +46,13 @@ def place_landmarks(
     token_index = (slot - slot // slots - read.unsqueeze(1)).clamp(0, length - 1) + numbers * length
     token = read.unsqueeze(1) + torch.arange(length)
     closes = (token + 1) % chunk_size == 0
-    output = (token + token // chunk_size - held.unsqueeze(1) + closes).clamp_max(width - 1)
+    position = token + token // chunk_size - held.unsqueeze(1)
+    position, output = (slot.clamp_max(width - 1) + numbers * width for slot in (position, position + closes))
     return LandmarkRows(
         held=held,
         lengths=lengths,
         token_index=token_index.to(device),
         is_landmark=(slot % slots == chunk_size).to(device),
-        output_index=(output + numbers * width).to(device),
+        token_position=position.to(device),
+        output_index=output.to(device),
     )

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from drt.layers.full_attention import GrowingState
 from drt.layers.landmark_attention import LandmarkAttention
 from drt.layers.mlp import SwiGLU
 from drt.layers.rms_norm import RMSNorm
 from drt.models.common.cache import DecoderCache, GrowingCacheLayer
+from drt.models.common.inputs import check_arguments
 from drt.models.common.modeling import DecoderGenerationMixin, DecoderPreTrainedModel
 from drt.models.landmark.configuration_landmark import LandmarkConfig
 from drt.models.landmark.landmark_rows import LandmarkRows, place_landmarks
@@ -75,6 +77,7 @@ class LandmarkModel(LandmarkPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -84,12 +87,17 @@ class LandmarkModel(LandmarkPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         chunk_ends: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the stack over new tokens; arguments as in `DecoderGenerationMixin.forward`.
 
         Chunks are always full: ``chunk_ends`` is not used.
         """
+        check_arguments(self.config, output_attentions, position_ids, kwargs)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         source, new, rows, cache = self.begin_pass(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, chunk_ends, use_cache
         )
@@ -103,13 +111,20 @@ class LandmarkModel(LandmarkPreTrainedModel):
             if state is not None:
                 state.row_lengths = layout.lengths
         hidden_states = self._embed(source, layout)
+        inputs = []
         for layer, state in zip(self.layers, states, strict=True):
+            if output_hidden_states:
+                inputs.append(rows.unpack(hidden_states.flatten(0, 1)[layout.token_position]))
             hidden_states = layer(hidden_states, held, state)
         hidden_states = self.norm(hidden_states.flatten(0, 1)[layout.output_index])
         hidden_states = rows.unpack(hidden_states)
         if cache is not None:
             cache.finish(hidden_states, new)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=cache)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=cache,
+            hidden_states=(*inputs, hidden_states) if output_hidden_states else None,
+        )
 
     def _embed(self, source: Tensor, layout: LandmarkRows) -> Tensor:
         """Embeddings (B, P, H) of tokens and landmarks."""
