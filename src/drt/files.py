@@ -23,25 +23,29 @@ from drt.errors import DRTError
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
-def open_regular(path: Path | str, flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
+def open_regular(
+    path: Path | str, flags: int = os.O_RDONLY, mode: int = 0o666, *, follow: bool = False
+) -> int:
     """Open a regular file and return its descriptor; a symbolic link, device, pipe or folder is refused.
 
     Args:
         path: of the file. Folders on the way to it may be links, the file itself may not.
         flags: as for `os.open`.
         mode: permissions of a file that is made.
+        follow: allow a link to a regular file, for files that are only read: the Hugging Face cache is full of them.
 
     Raises:
         DRTError: the file cannot be opened or is not a regular file; the message names it.
     """
+    links = 0 if follow else os.O_NOFOLLOW
     try:
         # O_NONBLOCK: opening a pipe would otherwise wait for its other end.
-        descriptor = os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+        descriptor = os.open(path, flags & ~os.O_TRUNC | links | os.O_NONBLOCK | os.O_CLOEXEC, mode)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise DRTError(f"{path}: expected a regular file, got a symbolic link") from error
         if error.errno == errno.ENXIO:
-            raise DRTError(f"{path}: expected a regular file, got {describe_kind(path)}") from error
+            raise DRTError(f"{path}: expected a regular file, got {_describe_target(path)}") from error
         raise DRTError(f"{path}: cannot be opened: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -259,13 +263,24 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def read_json(path: Path | str, max_bytes: int = 2**26) -> Any:
-    """Read a JSON file that may come from a stranger.
+def check_inputs(folder: Path) -> None:
+    """Make sure that a library can read what lies in a folder: every file is a regular one, or a link to one.
+
+    Raises:
+        DRTError: a device, pipe or socket is there, or a link to one; the message names it.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise DRTError(f"{path}: expected a regular file, got {_describe_target(path)}")
+
+
+def read_json(path: Path | str, max_bytes: int = 2**26, *, follow: bool = False) -> Any:
+    """Read a JSON file that may come from a stranger; ``follow`` as for `open_regular`.
 
     Raises:
         DRTError: not a regular file, larger than ``max_bytes``, not UTF-8, not JSON, or nested too deeply.
     """
-    with os.fdopen(open_regular(path), "rb") as file:
+    with os.fdopen(open_regular(path, follow=follow), "rb") as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise DRTError(f"{path}: expected at most {max_bytes:,} bytes of JSON, got more")
@@ -291,6 +306,12 @@ def describe_kind(path: Path | str) -> str:
         (stat.S_ISBLK, "a device"),
     )
     return next((name for is_kind, name in kinds if is_kind(found)), "a regular file")
+
+
+def _describe_target(path: Path | str) -> str:
+    """What lies at a path, or where the link at it leads."""
+    through = "a link to " if os.path.islink(path) else ""
+    return through + describe_kind(os.path.realpath(path))
 
 
 def _sync(path: Path, flags: int = 0) -> None:

@@ -64,5 +64,5 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 
 
 def test_unknown_tokenizers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DRTError, match="wanted bytes, a folder or a name on the Hugging Face hub"):
+    with pytest.raises(DRTError, match="expected bytes, a folder or a name on the Hugging Face hub"):
         load_tokenizer(str(tmp_path))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer
 
+from drt.data.tokenizer import load_tokenizer as load_named_tokenizer
 from drt.errors import DRTError
 from drt.models.drt import DRTConfig, DRTForCausalLM
+from drt.models.drt.embedder import TextEmbedder
 from drt.models.loading import load_model, load_tokenizer, shipped_checkpoint
 
 WEIGHTS = "model.safetensors"
@@ -97,7 +102,7 @@ def test_no_folder(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert refused(tmp_path / "file").startswith("no checkpoint folder at ")
     (tmp_path / "empty").mkdir()
-    assert "is not a checkpoint folder: config.json: No such file" in refused(tmp_path / "empty")
+    assert "is not a checkpoint folder: it holds no config.json" in refused(tmp_path / "empty")
 
 
 def test_another_architecture(refused: Callable[..., str], folder: Path) -> None:
@@ -113,7 +118,7 @@ def test_another_architecture(refused: Callable[..., str], folder: Path) -> None
 @pytest.mark.parametrize("content", [b"", b"{", b'{"model_type": "drt"', b"\xff\xfe\x00"])
 def test_a_damaged_configuration(refused: Callable[..., str], folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
-    assert "config.json is damaged, not JSON" in refused()
+    assert "config.json: expected a JSON file" in refused()
 
 
 @pytest.mark.parametrize(
@@ -133,6 +138,102 @@ def test_a_configuration_that_makes_no_sense(
     found = refused()
     assert found.startswith(f"{folder / 'config.json'}: ")
     assert message in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 10**9}, "vocab_size must be at most "),
+        ({"num_lower_layers": 10**6}, "num_lower_layers must be at most "),
+        ({"num_upper_layers": 10**9}, "num_upper_layers must be at most "),
+        ({"num_upper_layers": [1] * 10**5, "num_groups": None}, "num_upper_layers must be at most "),
+        ({"num_lower_layers": 1024}, "weights, wanted 1026 layers"),
+        ({"sliding_window": 10**12}, "sliding_window must be at most "),
+        ({"retrieval_top_k": 10**9}, "retrieval_top_k must be at most "),
+        ({"chunk_size": 10**9}, "chunk_size must be at most "),
+        ({"num_labels": 10**10}, "num_labels must be at most "),
+        ({"vocab_size": 2**24}, f"model.embed_tokens.weight is (259, 16), wanted ({2**24}, 16)"),
+        ({"rope_theta": float("nan")}, "rope_theta must be at least "),
+        ({"initializer_range": 1e300}, "initializer_range must be at most "),
+        ({"pad_token_id": 10**12}, "pad_token_id must lie in "),
+        ({"eos_token_id": [1, -5]}, "eos_token_id must lie in "),
+        ({"dtype": "nonsense"}, "dtype must be one of float32, "),
+        ({"dtype": "int8"}, "dtype must be one of float32, "),
+        ({"dtype": "nn"}, "dtype must be one of float32, "),
+        ({"quantization_config": {"quant_method": "unknown"}}, "quantization_config is not supported"),
+        ({"quantization_config": "unknown"}, "quantization_config is not supported"),
+        ({"attn_implementation": "kernels-community/any"}, 'attn_implementation must be "eager"'),
+        ({"_attn_implementation": {"": "somebody/kernel"}}, 'attn_implementation must be "eager"'),
+        ({"experts_implementation": "somebody/kernel"}, 'experts_implementation must be "eager"'),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights is not supported"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder must be False"),
+        ({"to_dict": 1}, "to_dict is not a field"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers is not a field"),
+        ({"id2label": 3}, "config.json: "),
+    ],
+)
+def test_absurd_or_hostile_settings_are_refused_at_once(
+    refused: Callable[..., str], folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    change_config(folder, **changes)
+    with count_allocated() as allocated:
+        assert message in refused()
+    assert allocated() < 2**26
+
+
+@contextmanager
+def count_allocated() -> Iterator[Callable[[], int]]:
+    """How far the process' peak memory rises in the block, in bytes."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield lambda: 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"model_type": ' * 100_000])
+def test_deep_nesting(refused: Callable[..., str], folder: Path, content: str) -> None:
+    (folder / "config.json").write_text(content)
+    assert refused().endswith("config.json: expected a JSON file: nested too deeply")
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS, "tokenizer_config.json", "generation_config.json"])
+def test_only_regular_files_are_opened(refused: Callable[..., str], folder: Path, name: str) -> None:
+    kept = (folder / name).rename(folder.parent / name)
+    os.mkfifo(folder / name)
+    assert f"{name}: expected a regular file, got a pipe" in refused()
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    assert f"{name}: expected a regular file, got a link to a device" in refused()
+    (folder / name).unlink()
+    (folder / name).symlink_to(kept)  # as in the cache of the Hugging Face hub
+    load_model(folder)
+
+
+def test_code_in_a_checkpoint_does_not_run(
+    refused: Callable[..., str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers would ask
+    (folder / "theirs.py").write_text("raise SystemExit('the code ran')")
+    change_config(folder, auto_map={"AutoConfig": "theirs.A", "AutoModelForCausalLM": "theirs.B"})
+    load_model(folder)  # the installed classes are meant
+    path = folder / "tokenizer_config.json"
+    settings = {"auto_map": {"AutoTokenizer": ["theirs.C", None]}, "tokenizer_class": "C"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    assert "custom code" in refused()
+    with pytest.raises(DRTError, match="custom code"):
+        load_named_tokenizer(str(folder))
+    with pytest.raises(DRTError, match="custom code"):
+        TextEmbedder(ByT5Tokenizer(extra_ids=0), folder, None)
+
+
+def test_weights_in_several_files(refused: Callable[..., str], folder: Path) -> None:
+    model, _ = load_model(folder)
+    (folder / WEIGHTS).unlink()
+    model.save_pretrained(folder, max_shard_size="4KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    found, _ = load_model(folder)
+    assert all(torch.equal(found.state_dict()[name], weight) for name, weight in model.state_dict().items())
+    for names in ("../other.safetensors", 5):
+        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"weight": names}}))
+        assert "expected a weight_map" in refused()
 
 
 @pytest.mark.parametrize("kept", [0, 4, 8, 200, -1000, -1])

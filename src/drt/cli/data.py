@@ -139,7 +139,10 @@ def prepare(
     ] = None,
     test: Annotated[list[str] | None, typer.Option(metavar="SOURCE", help="Text to test on alone.")] = None,
     tokenizer: Annotated[
-        str, typer.Option(help="`bytes`, a folder with a tokenizer, or a name on the Hugging Face hub.")
+        str,
+        typer.Option(
+            help="`bytes`, a folder with a tokenizer, or a name on the Hugging Face hub that was downloaded before."
+        ),
     ] = "bytes",
     documents: DocumentsOption = "files",
     text_field: TextFieldOption = "text",

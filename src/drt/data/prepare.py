@@ -45,7 +45,7 @@ class PrepareConfig:
 
     Args:
         sources: documents, in order.
-        tokenizer: `bytes`, a folder with a tokenizer, or a name on the Hugging Face hub.
+        tokenizer: `bytes`, a folder with a tokenizer, or a name on the Hugging Face hub that was downloaded before.
         validation_share, test_share: of the documents of sources without a split; drawn by a document's name.
         train_share: the same; None: all that is left. A smaller corpus of the same text keeps its other splits.
         min_tokens: documents with fewer tokens are left out.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from drt.errors import DRTError
-from drt.files import fill_folder
+from drt.files import check_inputs, fill_folder
 
 BYTES = "bytes"
 # Ids as the model's configuration has them by default (and as bytes have them): padding 0, end of a document 1.
@@ -50,25 +50,46 @@ def describe_tokenizer(tokenizer: Any, name: str) -> dict[str, Any]:
 
 
 def load_tokenizer(name: str) -> Any:
-    """A Hugging Face tokenizer.
+    """A Hugging Face tokenizer; nothing is downloaded.
 
     Args:
-        name: `bytes`, a folder with a tokenizer's files, or a name on the Hugging Face hub.
+        name: `bytes`, a folder with a tokenizer's files, or the name of a model on the Hugging Face hub whose files
+            are in the local cache already.
 
     Raises:
         DRTError: there is none of that name, or it cannot be read.
     """
-    from transformers import AutoTokenizer, ByT5Tokenizer
+    from transformers import ByT5Tokenizer
 
     if name == BYTES:
         return ByT5Tokenizer(extra_ids=0)
     try:
-        return AutoTokenizer.from_pretrained(name)
-    # Attributes, keys and types: the library trusts that the JSON files hold objects.
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        return read_tokenizer(name)
+    except DRTError as error:
         raise DRTError(
-            f"tokenizer {name!r}: wanted {BYTES}, a folder or a name on the Hugging Face hub: {error}"
+            f"tokenizer {name!r}: expected {BYTES}, a folder or a name on the Hugging Face hub that was downloaded "
+            f"before (hf download {name}): {error}"
         ) from error
+
+
+def read_tokenizer(source: Path | str) -> Any:
+    """A Hugging Face tokenizer from files that may come from a stranger: none of their code runs, no network is used.
+
+    Args:
+        source: a folder, or a name in the local cache of the Hugging Face hub.
+
+    Raises:
+        DRTError: the files cannot be read, or the tokenizer wants code of its own.
+    """
+    from transformers import AutoTokenizer
+
+    if Path(source).is_dir():
+        check_inputs(Path(source))
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+    # The library trusts that the JSON files hold what they should, and its parser of tokenizer.json raises Exception.
+    except Exception as error:
+        raise DRTError(f"{source}: {error or type(error).__name__}") from error
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:

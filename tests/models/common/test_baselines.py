@@ -254,6 +254,41 @@ def test_configurations_that_make_no_sense(name, changes, message):
     assert message in f"{refusal.value} {refusal.value.__cause__}"
 
 
+@pytest.mark.parametrize("name", [name for name, _ in ONE_EACH])
+def test_sizes_beyond_any_sense(name):
+    sizes = AutoConfig.for_model(name).ranges
+    assert {"vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size"} <= set(sizes)
+    own = (
+        "sliding_window",
+        "chunk_size",
+        "retrieval_top_k",
+        "block_size",
+        "num_states",
+        "max_chunk_distance",
+    )
+    assert set(own) & set(vars(AutoConfig.for_model(name))) <= set(sizes)
+    for size, (_, most) in sizes.items():
+        if isinstance(most, int):
+            with pytest.raises(StrictDataclassError) as refusal:
+                AutoConfig.for_model(name, **{size: 10**12})
+            assert size in f"{refusal.value} {refusal.value.__cause__}"
+
+
+@pytest.mark.parametrize("name", [name for name, _ in ONE_EACH])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantization_config": {"quant_method": "unknown"}},
+        {"attn_implementation": "kernels-community/any"},
+        {"dtype": "nonsense"},
+    ],
+    ids=str,
+)
+def test_what_these_models_do_not_support_is_refused(name, changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        AutoConfig.for_model(name, **changes)
+
+
 @pytest.mark.parametrize(("name", "changes"), ONE_EACH)
 @torch.no_grad()
 def test_the_loss_of_a_segment_sees_what_a_given_cache_holds(make_baseline, ids, name, changes):

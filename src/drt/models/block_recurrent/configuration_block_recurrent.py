@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 
+from drt.models.common.configuration import MOST_CHUNK_TOKENS, MOST_CHUNKS
 from drt.models.window.configuration_window import WindowConfig
 
 
@@ -22,7 +23,11 @@ class BlockRecurrentConfig(WindowConfig):
     """
 
     model_type = "block_recurrent"
-    least_sizes: ClassVar[dict[str, int]] = {"sliding_window": 1, "block_size": 1, "num_states": 1}
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {
+        **WindowConfig.ranges,
+        "block_size": (1, MOST_CHUNK_TOKENS),
+        "num_states": (1, MOST_CHUNKS),
+    }
 
     block_size: int = 512
     num_states: int = 512

@@ -5,13 +5,19 @@
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 
 from drt.layers.fixed_retrievers import FIXED_RETRIEVERS
+from drt.models.common.configuration import (
+    MOST_CHUNK_TOKENS,
+    MOST_CHUNKS,
+    MOST_LAYERS,
+    MOST_TOKENS,
+    ModelConfig,
+)
 
 
 @strict
-class DRTConfig(PreTrainedConfig):
+class DRTConfig(ModelConfig):
     """Sizes and rules of a DRT model.
 
     The defaults are the sizes of the paper's 128M-parameter model with this project's rules (``landmark_predicts``,
@@ -53,27 +59,30 @@ class DRTConfig(PreTrainedConfig):
         initializer_range: standard deviation of the initial weights.
 
     Raises:
-        ValueError: for sizes that do not fit each other; the message names what was got and what is wanted.
+        ValueError: for sizes that do not fit each other or are beyond any sense, and for what the model does not
+            support; the message names what was got and what is wanted.
     """
 
     model_type = "drt"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {
+        **ModelConfig.ranges,
+        "num_lower_layers": (1, MOST_LAYERS),
+        "num_groups": (1, MOST_LAYERS),
+        "num_encoder_layers": (0, MOST_LAYERS),
+        "chunk_size": (1, MOST_CHUNK_TOKENS),
+        "retrieval_top_k": (1, MOST_CHUNKS),
+        "sliding_window": (1, MOST_TOKENS),
+        "encoder_rms_norm_eps": (0, 1),
+    }
 
-    vocab_size: int = 259
-    hidden_size: int = 768
-    intermediate_size: int = 2048
     num_lower_layers: int = 6
     num_upper_layers: int | list[int] = 6
     num_groups: int | None = None
     num_encoder_layers: int = 2
-    num_attention_heads: int = 12
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
     chunk_size: int = 63
     retrieval_top_k: int = 8
     sliding_window: int = 512
     position_embedding: str = "alibi"
-    rope_theta: float | int = 10000.0
     sink: bool = True
     landmark_predicts: bool = True
     close_prompt: bool = True
@@ -81,24 +90,9 @@ class DRTConfig(PreTrainedConfig):
     learned_temperature: bool = False
     retriever: str = "learned"
     retrieval: bool = True
-    rms_norm_eps: float | int = 1e-5
     encoder_rms_norm_eps: float | int = 1e-6
-    initializer_range: float | int = 0.02
-    use_cache: bool = True
-    tie_word_embeddings: bool = True
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if (
-            self.head_dim is None
-            and isinstance(self.hidden_size, int)
-            and isinstance(self.num_attention_heads, int)
-        ):
-            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
         layers = self.num_upper_layers
         if self.num_groups is None:
             self.num_groups = len(layers) if isinstance(layers, list) else 1
@@ -119,56 +113,14 @@ class DRTConfig(PreTrainedConfig):
         """Decoder layers, lower and upper."""
         return self.num_lower_layers + sum(self.layers_per_group)
 
-    @property
-    def key_value_shape(self) -> tuple[int, int]:
-        """(h_kv, D): key/value heads and their width, with what stood for ``None`` filled in."""
-        assert self.num_key_value_heads is not None  # both by __post_init__
-        assert self.head_dim is not None
-        return self.num_key_value_heads, self.head_dim
-
-    def validate_sizes(self) -> None:
-        """Part of ``PreTrainedConfig`` validation: every size is at least its least useful value."""
-        least = {
-            "vocab_size": 1,
-            "hidden_size": 1,
-            "intermediate_size": 1,
-            "num_lower_layers": 1,
-            "num_groups": 1,
-            "num_encoder_layers": 0,
-            "num_attention_heads": 1,
-            "num_key_value_heads": 1,
-            "head_dim": 2,
-            "chunk_size": 1,
-            "retrieval_top_k": 1,
-            "sliding_window": 1,
-        }
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value < minimum:
-                raise ValueError(f"{name} must be at least {minimum}, got {value}")
-
-    def validate_heads(self) -> None:
-        """Part of ``PreTrainedConfig`` validation: heads divide evenly."""
-        if self.num_key_value_heads is None or self.head_dim is None:
-            raise ValueError("num_key_value_heads and head_dim may be None only while a DRTConfig is made")
-        if self.num_attention_heads % max(self.num_key_value_heads, 1):
-            raise ValueError(
-                f"num_key_value_heads must divide num_attention_heads, got {self.num_key_value_heads} and "
-                f"{self.num_attention_heads}"
-            )
-        if self.head_dim * self.num_attention_heads != self.hidden_size:
-            raise ValueError(
-                f"hidden_size must be num_attention_heads x head_dim, got {self.hidden_size} and "
-                f"{self.num_attention_heads} x {self.head_dim}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
-
     def validate_groups(self) -> None:
         """Part of ``PreTrainedConfig`` validation: groups of upper layers are equal, or listed one by one."""
         layers, groups = self.num_upper_layers, self.num_groups
         if groups is None:
             raise ValueError("num_groups may be None only while a DRTConfig is made")
+        count = sum(layers) if isinstance(layers, list) else layers
+        if count > MOST_LAYERS:
+            raise ValueError(f"num_upper_layers must be at most {MOST_LAYERS:,} layers, got {count:,}")
         if isinstance(layers, list):
             if min(layers, default=0) < 1:
                 raise ValueError(f"num_upper_layers must list at least 1 layer for each group, got {layers}")
@@ -195,8 +147,3 @@ class DRTConfig(PreTrainedConfig):
                 f"retriever {self.retriever!r} retrieves the same for every group and has nothing to learn: num_groups "
                 f"must be 1 and learned_temperature False, got {self.num_groups} and {self.learned_temperature}"
             )
-
-    def validate_position_embedding(self) -> None:
-        """Part of ``PreTrainedConfig`` validation: a known kind of position."""
-        if self.position_embedding not in ("alibi", "rope"):
-            raise ValueError(f'position_embedding must be "alibi" or "rope", got {self.position_embedding!r}')

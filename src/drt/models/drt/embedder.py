@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
+from drt.data.tokenizer import read_tokenizer
 from drt.errors import DRTError
 from drt.layers.fixed_retrievers import EmbeddingRetriever
 
@@ -80,10 +81,19 @@ class TextEmbedder:
         weights = folder / "model.safetensors"
         if not weights.is_file():
             raise DRTError(f"no text embedder in {folder}: {weights.name} is missing")
-        self.words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.bert = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
-        )
+        self.words = read_tokenizer(folder)
+        try:
+            self.bert = AutoModel.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                attn_implementation="sdpa",  # not what the folder's config.json may name
+                use_safetensors=True,
+            )
+        # The library trusts that config.json holds what it should, and fails over what does not in as many ways.
+        except Exception as error:
+            raise DRTError(f"the text embedder in {folder} cannot be read: {error}") from error
         self.bert.eval()
         name = f"embeddings-{hashlib.sha256(weights.read_bytes()).hexdigest()[:16]}.sqlite"
         self.cache = EmbeddingCache(_cache_folder() / name if cache is None else Path(cache))

@@ -6,7 +6,12 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 
-from drt.models.common.configuration import DecoderConfig
+from drt.models.common.configuration import (
+    MOST_CHUNK_TOKENS,
+    MOST_CHUNKS,
+    MOST_TOKENS,
+    DecoderConfig,
+)
 
 
 @strict
@@ -23,11 +28,12 @@ class LandmarkConfig(DecoderConfig):
     """
 
     model_type = "landmark"
-    least_sizes: ClassVar[dict[str, int]] = {
-        "chunk_size": 1,
-        "retrieval_top_k": 1,
-        "local_chunks": 0,
-        "max_chunk_distance": 1,
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {
+        **DecoderConfig.ranges,
+        "chunk_size": (1, MOST_CHUNK_TOKENS),
+        "retrieval_top_k": (1, MOST_CHUNKS),
+        "local_chunks": (0, MOST_CHUNKS),
+        "max_chunk_distance": (1, MOST_TOKENS),
     }
 
     chunk_size: int = 63

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 
-from drt.models.common.configuration import DecoderConfig
+from drt.models.common.configuration import MOST_TOKENS, DecoderConfig
 
 
 @strict
@@ -19,7 +19,10 @@ class WindowConfig(DecoderConfig):
     """
 
     model_type = "window"
-    least_sizes: ClassVar[dict[str, int]] = {"sliding_window": 1}
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {
+        **DecoderConfig.ranges,
+        "sliding_window": (1, MOST_TOKENS),
+    }
 
     position_embedding: str = "alibi"
     sliding_window: int = 512
