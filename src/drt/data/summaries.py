@@ -108,9 +108,9 @@ def summary_batch(
         for pair, answer in zip(pairs, answers, strict=True)
     ]
     length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
-    input_ids = torch.full((len(pairs), length), padding)
+    input_ids = torch.full((len(pairs), length), padding, device="cpu")
     labels = torch.full_like(input_ids, IGNORED)
-    chunk_ends = torch.zeros(input_ids.shape, dtype=torch.bool)
+    chunk_ends = torch.zeros(input_ids.shape, dtype=torch.bool, device="cpu")
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         stop = len(prompt) + len(answer)
         input_ids[row, :stop] = torch.from_numpy(np.concatenate([prompt, answer])).long()

@@ -278,7 +278,9 @@ def _read_and_answer(
     device = model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    prompts = torch.stack([torch.as_tensor(sample.input_ids, dtype=torch.int32) for sample in samples])
+    prompts = torch.stack(
+        [torch.as_tensor(sample.input_ids, dtype=torch.int32, device="cpu") for sample in samples]
+    )
     start = clock(device)
     cache = read_text(model, prompts[:, :-1], segment_size, cache, on_progress)
     read = clock(device)

@@ -55,7 +55,7 @@ def ask(
     codec = TextCodec(tokenizer)
     prompts = [codec.encode(question) for question in questions]
     cache = DRTCache.open(archive, model)
-    cache.select_rows(torch.zeros(len(prompts), dtype=torch.long))
+    cache.select_rows(torch.zeros(len(prompts), dtype=torch.long, device="cpu"))
     ids, mask = _left_padded(prompts, model.device)
     trace = RetrievalTrace(cache)
     sequences = model.generate(  # type: ignore[misc]
@@ -91,7 +91,7 @@ def ask(
 
 def _left_padded(prompts: Sequence[TokenIds], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and mask, (B, longest) int64."""
-    ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
+    ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long, device="cpu")
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, -len(prompt) :] = torch.from_numpy(prompt)

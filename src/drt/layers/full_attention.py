@@ -100,7 +100,7 @@ def causal_attention(
         )
         return output.transpose(1, 2)
     if past is None:
-        past = torch.zeros(1, dtype=torch.long)
+        past = torch.zeros(1, dtype=torch.long, device="cpu")
     elif bool((past == past[0]).all()):
         past = past[:1]
     outputs = []

@@ -55,7 +55,7 @@ class LandmarkAttention(nn.Module):
             projection(hidden_states).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        slots = torch.arange(query.shape[1])
+        slots = torch.arange(query.shape[1], device="cpu")
         if self.training and state is None:
             query, key = (apply_rope(x, slots.to(x.device), self.rope_theta) for x in (query, key))
             output = grouped_softmax_attention(query, key, value, self.chunk_size)

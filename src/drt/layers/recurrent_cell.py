@@ -78,7 +78,7 @@ class RecurrentCell(WindowAttention):
         """Before the first token; like: (..., h_kv, D) keys."""
         empty = like.new_zeros(batch_size, self.block_size, *like.shape[-2:])
         state = self.first_state.expand(batch_size, -1, -1)
-        return OpenBlock(state, empty, empty, torch.zeros(batch_size, dtype=torch.long))
+        return OpenBlock(state, empty, empty, torch.zeros(batch_size, dtype=torch.long, device="cpu"))
 
     def read(
         self,
@@ -103,9 +103,9 @@ class RecurrentCell(WindowAttention):
         asking = self.token_to_state_q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         batch_size, length = hidden_states.shape[:2]
         block = self.first(batch_size, keys) if carried is None else carried
-        new = torch.full((batch_size,), length) if row_lengths is None else row_lengths
+        new = torch.full((batch_size,), length, device="cpu") if row_lengths is None else row_lengths
         rows = torch.arange(batch_size, device=keys.device).unsqueeze(1)
-        slots = torch.arange(self.block_size)
+        slots = torch.arange(self.block_size, device="cpu")
         crossed = asking.new_zeros(
             batch_size, length + 1, *asking.shape[2:]
         )  # the last slot takes what is no token

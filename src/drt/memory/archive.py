@@ -197,7 +197,7 @@ class Archive:
             raise ValueError(f"chunk must be in [0, {self.num_chunks}), got {chunk}")
         number = bisect_right(self._documents, chunk, key=lambda document: document.first_chunk) - 1
         document = self._documents[number]
-        entry = self._files.index(torch.tensor([chunk]))[0]
+        entry = self._files.index(torch.tensor([chunk], device="cpu"))[0]
         start, stop = int(entry["start"]), int(entry["stop"])
         text = self._files.text(document.text_start + start, document.text_start + stop)
         return ChunkSource(document, start, stop, text)
@@ -313,7 +313,7 @@ class ArchiveStore(PagedStore):
     def __init__(self, page: Page, count: int, dtype: str, index: NearestLandmarks | None = None) -> None:
         super().__init__(dtype, None)
         self._pages = [PlacedPage(page, 0)]
-        self._counts, self._index = torch.tensor([count]), index
+        self._counts, self._index = torch.tensor([count], device="cpu"), index
 
     def landmark_blocks(self) -> LandmarkIndex:
         return LandmarkIndex(self._pages, self._counts, self._index)

@@ -274,7 +274,7 @@ class ArchiveWriter(Archive):
             )
         page = ArchivePage(self._files, count)
         size = training_size(count)
-        chosen = torch.arange(size) * count // size
+        chosen = torch.arange(size, device="cpu") * count // size
 
         def blocks() -> Iterator[Tensor]:
             for first, last in page.landmark_ranges(count):

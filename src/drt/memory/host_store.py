@@ -55,7 +55,8 @@ class HostPage(TensorPage):
     def room(cls, fields: Fields, landmarks: Tensor, capacity: int, transfer: Transfer | None) -> HostPage:
         """Empty slots for chunks like those given, (B, N, ...)."""
         held = tuple(
-            torch.empty(field.shape[0], capacity, *field.shape[2:], dtype=field.dtype) for field in fields
+            torch.empty(field.shape[0], capacity, *field.shape[2:], dtype=field.dtype, device="cpu")
+            for field in fields
         )
         return cls(held, landmarks.new_zeros(landmarks.shape[0], capacity, landmarks.shape[2]), transfer)
 

@@ -54,7 +54,7 @@ class PagedStore:
         self._codec = ChunkCodec(dtype)
         self._page_size = page_size or 0  # 0: the first append chooses
         self._pages: list[PlacedPage[Page]] = []
-        self._counts = torch.zeros(0, dtype=torch.long)
+        self._counts = torch.zeros(0, dtype=torch.long, device="cpu")
 
     @property
     def counts(self) -> Tensor:
@@ -65,11 +65,11 @@ class PagedStore:
     ) -> None:
         batch_size, offered = keys.shape[:2]
         if len(self._counts) == 0:
-            self._counts = torch.zeros(batch_size, dtype=torch.long)
+            self._counts = torch.zeros(batch_size, dtype=torch.long, device="cpu")
         fields = (*self._codec.encode(keys, values, lengths), lengths.to(keys.device))
         after = self._counts + new_counts
         self._make_room(int(after.max()), fields, landmarks)
-        new = torch.arange(offered)
+        new = torch.arange(offered, device="cpu")
         chunk = self._counts.unsqueeze(1) + new
         wanted = new < new_counts.unsqueeze(1)
         for number, (page, start, _) in enumerate(self._pages):
@@ -116,7 +116,9 @@ class PagedStore:
     def select_rows(self, rows: Tensor) -> None:
         if len(self._counts) == 0:  # nothing was appended: the rows are not known yet
             return
-        if torch.equal(rows.cpu(), torch.arange(len(self._counts))):  # every row stays what it is
+        if torch.equal(
+            rows.cpu(), torch.arange(len(self._counts), device="cpu")
+        ):  # every row stays what it is
             return
         self._counts = self._counts[rows.cpu()]
         for number, placed in enumerate(self._pages):
@@ -124,7 +126,7 @@ class PagedStore:
             self._pages[number] = placed._replace(rows=chosen.to(self._index_device(rows)))
 
     def clear(self) -> None:
-        self._pages, self._counts = [], torch.zeros(0, dtype=torch.long)
+        self._pages, self._counts = [], torch.zeros(0, dtype=torch.long, device="cpu")
 
     def _make_room(self, count: int, fields: Fields, landmarks: Tensor) -> None:
         """Pages until a row can hold ``count`` chunks like the offered ones, (B, N, ...)."""

@@ -89,9 +89,9 @@ class RecordFile:
             DRTError: the file ends before a record, or fails.
         """
         if len(numbers) == 0:
-            return torch.empty(0, self.record_bytes, dtype=torch.uint8)
+            return torch.empty(0, self.record_bytes, dtype=torch.uint8, device="cpu")
         unique, inverse = numbers.unique(return_inverse=True)
-        found = torch.empty(len(unique), self.record_bytes, dtype=torch.uint8)
+        found = torch.empty(len(unique), self.record_bytes, dtype=torch.uint8, device="cpu")
         runs = _runs(unique)
         if len(runs) > 1:
             for low, high in runs:  # the disk may fetch them all while the first is copied
@@ -108,7 +108,7 @@ class RecordFile:
 
     def read_range(self, first: int, last: int) -> Tensor:
         """Records [first, last) as (last - first, record_bytes) uint8; raises as `read`."""
-        found = torch.empty(last - first, self.record_bytes, dtype=torch.uint8)
+        found = torch.empty(last - first, self.record_bytes, dtype=torch.uint8, device="cpu")
         self._read_into(found, first)
         return found
 

@@ -86,5 +86,5 @@ def answer_probability(answer: Tensor, generated: Tensor, logits: Tensor) -> flo
     count = len(generated)
     before_mistake = (generated == answer[:count]).long().cumprod(0)
     judged = min(int(before_mistake.sum()) + 1, count)
-    chosen = logits.float().log_softmax(-1)[torch.arange(judged), answer[:judged]]
+    chosen = logits.float().log_softmax(-1)[torch.arange(judged, device=logits.device), answer[:judged]]
     return float(chosen.sum().exp())

@@ -27,7 +27,7 @@ class GrowingCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states.detach()[:, :0], value_states.detach()[:, :0]
-        self.lengths = torch.zeros(key_states.shape[0], dtype=torch.long)
+        self.lengths = torch.zeros(key_states.shape[0], dtype=torch.long, device="cpu")
         self.is_initialized = True
 
     def update(
@@ -51,7 +51,7 @@ class GrowingCacheLayer(CacheLayerMixin):
                     torch.cat([x, x.new_zeros(x.shape[0], more, *x.shape[2:])], 1)
                     for x in (self.keys, self.values)
                 )
-        slots = (self.lengths.unsqueeze(1) + torch.arange(new)).to(self.keys.device)
+        slots = (self.lengths.unsqueeze(1) + torch.arange(new, device="cpu")).to(self.keys.device)
         rows = torch.arange(len(self.lengths), device=self.keys.device).unsqueeze(1)
         self.keys[rows, slots] = key_states.detach()
         self.values[rows, slots] = value_states.detach()
@@ -105,10 +105,10 @@ class WindowCacheLayer(CacheLayerMixin):
             keep = min(self.window - 1, keys.shape[1])
             self.keys, self.values = _last(keys, keep), _last(values, keep)
             return keys, values, None
-        held = torch.full((keys.shape[0],), held_slots) if self.held is None else self.held
+        held = torch.full((keys.shape[0],), held_slots, device="cpu") if self.held is None else self.held
         new = torch.full_like(held, key_states.shape[1]) if self.row_lengths is None else self.row_lengths
         keep = min(self.window - 1, keys.shape[1])
-        slots = held_slots + new.unsqueeze(1) - keep + torch.arange(keep)
+        slots = held_slots + new.unsqueeze(1) - keep + torch.arange(keep, device="cpu")
         index = slots.clamp_min(0).to(keys.device)[..., None, None].expand(-1, -1, *keys.shape[2:])
         self.keys, self.values = keys.gather(1, index), values.gather(1, index)
         self.held = (held + new).clamp_max(keep)
@@ -188,7 +188,7 @@ class DecoderCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times."""
-        self.select_rows(torch.arange(self.held_rows or 0).repeat_interleave(repeats))
+        self.select_rows(torch.arange(self.held_rows or 0, device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``."""

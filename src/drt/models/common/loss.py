@@ -48,9 +48,9 @@ def causal_loss(
         kwargs: what else the library's loss takes and does not need.
     """
     targets = pad(labels, (0, 1), value=ignore_index)[:, 1:].flatten()
-    divisor = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+    divisor = num_items_in_batch
     if divisor is not None:
-        divisor = divisor.to(states.device)
+        divisor = torch.as_tensor(divisor, device=states.device)
     return linear_cross_entropy(
         states.flatten(0, 1), head.weight, targets, ignore_index=ignore_index, divisor=divisor
     )

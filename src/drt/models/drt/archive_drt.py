@@ -138,7 +138,7 @@ class _Reading:
             self.cache.begin_text()
         else:
             self.cache.load_state(self.writer.state(), self.model.device, self.model.dtype)
-        self.cache.closed_counts = torch.tensor([int(self.cache.store.counts[0])])
+        self.cache.closed_counts = torch.tensor([int(self.cache.store.counts[0])], device="cpu")
         skip = (0, 0) if held is None else (held.num_tokens, held.num_bytes)
         empty = True
         for piece, is_end in _passes(stream.pieces(*skip), self.pass_tokens, self.reach):
@@ -151,7 +151,7 @@ class _Reading:
         ids = torch.from_numpy(piece.ids).long().to(self.model.device)[None]
         ends = None
         if is_end:
-            ends = torch.zeros(ids.shape, dtype=torch.bool)
+            ends = torch.zeros(ids.shape, dtype=torch.bool, device="cpu")
             ends[0, -1] = True
         if is_end and last:
             self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, chunk_ends=ends)

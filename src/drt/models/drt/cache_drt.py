@@ -113,10 +113,10 @@ class DRTCache(Cache):
             writer.begin_document("")
             store, count = writer.store(), int(self.store.counts[0]) if len(self.store.counts) else 0
             for first in range(0, count, SAVED_AT_ONCE):
-                chunks = torch.arange(first, min(first + SAVED_AT_ONCE, count)).view(1, 1, -1)
+                chunks = torch.arange(first, min(first + SAVED_AT_ONCE, count), device="cpu").view(1, 1, -1)
                 keys, values, lengths = (part[:, 0] for part in self.store.gather(chunks.to(self._device())))
                 landmarks = self.store.landmark_blocks().read(chunks.to(self._device()))[:, 0]
-                store.append(keys, values, landmarks, lengths, torch.tensor([chunks.shape[2]]))
+                store.append(keys, values, landmarks, lengths, torch.tensor([chunks.shape[2]], device="cpu"))
             writer.end_document()
             writer.commit(self.state(), finished=True)
 
@@ -219,7 +219,7 @@ class DRTCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times, in place, without copying the chunk memory."""
-        self.select_rows(torch.arange(self._batch_size()).repeat_interleave(repeats))
+        self.select_rows(torch.arange(self._batch_size(), device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``."""

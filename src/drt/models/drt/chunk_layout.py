@@ -165,13 +165,15 @@ def _layout(
     device: torch.device,
 ) -> ChunkLayout:
     """`build_chunk_layout`, computed anew."""
-    rows = torch.arange(batch_size).unsqueeze(1)
+    rows = torch.arange(batch_size, device="cpu").unsqueeze(1)
     is_token = (
-        torch.ones(batch_size, length, dtype=torch.bool)
+        torch.ones(batch_size, length, dtype=torch.bool, device="cpu")
         if attention_mask is None
         else attention_mask.cpu() != 0
     )
-    carried_lengths = torch.zeros(batch_size, dtype=torch.long) if open_lengths is None else open_lengths
+    carried_lengths = (
+        torch.zeros(batch_size, dtype=torch.long, device="cpu") if open_lengths is None else open_lengths
+    )
     offset, closes = _close_chunks(is_token, chunk_ends, carried_lengths, chunk_size)
 
     chunk = closes.cumsum(1) - closes.long()  # chunk of each token, counted from the first that closes here
@@ -182,13 +184,13 @@ def _layout(
     compact_length = max(int(row_lengths.max()), 1)  # a slice of a batch may hold nothing but padding
 
     row_of, column_of = is_token.nonzero(as_tuple=True)
-    token_index = torch.zeros(batch_size, compact_length, dtype=torch.long)
+    token_index = torch.zeros(batch_size, compact_length, dtype=torch.long, device="cpu")
     token_index[row_of, position[row_of, column_of]] = row_of * length + column_of
-    selection = torch.full((batch_size, compact_length), -1)  # block of each compact position
+    selection = torch.full((batch_size, compact_length), -1, device="cpu")  # block of each compact position
     selection[row_of, position[row_of, column_of]] = chunk[row_of, column_of]
-    is_landmark = torch.zeros(batch_size, compact_length, dtype=torch.bool)
-    landmark_index = torch.zeros(batch_size, num_closed, dtype=torch.long)
-    chunk_lengths = torch.zeros(batch_size, num_closed, dtype=torch.long)
+    is_landmark = torch.zeros(batch_size, compact_length, dtype=torch.bool, device="cpu")
+    landmark_index = torch.zeros(batch_size, num_closed, dtype=torch.long, device="cpu")
+    chunk_lengths = torch.zeros(batch_size, num_closed, dtype=torch.long, device="cpu")
     close_row, close_column = closes.nonzero(as_tuple=True)
     close_position = position[close_row, close_column] + 1
     close_chunk = chunk[close_row, close_column]
@@ -239,7 +241,7 @@ def _close_chunks(
     is_token: Tensor, chunk_ends: Tensor | None, carried_lengths: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
     """Each token's offset in its chunk, and whether the chunk closes after it; both (B, L)."""
-    column = torch.arange(is_token.shape[1]).expand_as(is_token)
+    column = torch.arange(is_token.shape[1], device="cpu").expand_as(is_token)
     first = is_token.long().argmax(1, keepdim=True)
     region_start = first - carried_lengths.unsqueeze(1)  # where the chunks are counted from
     if chunk_ends is None:
@@ -263,11 +265,11 @@ def _chunk_grid(
     chunk_size: int,
 ) -> Tensor:
     """(B, N + 1, chunk_size) source slot of each chunk's tokens, first slots first; unused slots point at slot 0."""
-    grid = torch.zeros(is_token.shape[0], num_closed + 1, chunk_size, dtype=torch.long)
+    grid = torch.zeros(is_token.shape[0], num_closed + 1, chunk_size, dtype=torch.long, device="cpu")
     row, column = is_token.nonzero(as_tuple=True)
     grid[row, chunk[row, column], offset[row, column]] = position[row, column] + carried
     if carried:
-        slot = torch.arange(chunk_size).expand(is_token.shape[0], -1)
+        slot = torch.arange(chunk_size, device="cpu").expand(is_token.shape[0], -1)
         grid[:, 0] = torch.where(slot < carried_lengths.unsqueeze(1), slot, grid[:, 0])
     return grid
 
@@ -282,23 +284,23 @@ def _upper(
 ) -> UpperLayout:
     """Cut what concerns the upper decoder to the last ``reach`` positions of each row."""
     batch_size, compact_length = is_landmark.shape
-    rows = torch.arange(batch_size).unsqueeze(1)
+    rows = torch.arange(batch_size, device="cpu").unsqueeze(1)
     width = compact_length if reach is None else min(reach, compact_length)
     start = (row_lengths - width).clamp_min(0).unsqueeze(1)
     total = is_landmark.sum(1)
     index = None
     if width < compact_length:
-        position = (start + torch.arange(width)).clamp_max(compact_length - 1)
+        position = (start + torch.arange(width, device="cpu")).clamp_max(compact_length - 1)
         index = (position + rows * compact_length).to(device)
         is_landmark, selection = is_landmark.gather(1, position), selection.gather(1, position)
     closed_counts = is_landmark.sum(1)
     skipped = total - closed_counts
     row, position = is_landmark.nonzero(as_tuple=True)
     landmark = is_landmark.cumsum(1)[row, position] - 1
-    landmark_index = torch.zeros(batch_size, int(closed_counts.max()), dtype=torch.long)
+    landmark_index = torch.zeros(batch_size, int(closed_counts.max()), dtype=torch.long, device="cpu")
     landmark_index[row, landmark] = row * width + position
     selection = torch.where(selection < 0, -1, selection - skipped.unsqueeze(1))
-    number = torch.arange(landmark_index.shape[1])
+    number = torch.arange(landmark_index.shape[1], device="cpu")
     chunks_before = torch.where(number < closed_counts.unsqueeze(1), skipped.unsqueeze(1) + number, -1)
     block_size, block_index, block_inverse = _blocks(selection, landmark_index.shape[1])
     output = output_position - start  # negative at padding
@@ -323,18 +325,18 @@ def _upper(
 def _blocks(selection: Tensor, num_closed: int) -> tuple[int, Tensor, Tensor]:
     """Group compact positions that share a selection into equal blocks of query slots."""
     batch_size, compact_length = selection.shape
-    column = torch.arange(compact_length).expand_as(selection)
+    column = torch.arange(compact_length, device="cpu").expand_as(selection)
     row, position = (selection >= 0).nonzero(as_tuple=True)
     served_by = selection[row, position]
-    first = torch.full((batch_size, num_closed + 1), compact_length)
+    first = torch.full((batch_size, num_closed + 1), compact_length, device="cpu")
     first[:, 0] = 0
     first.view(-1).scatter_reduce_(0, row * (num_closed + 1) + served_by, position, "amin")
     within = column - first.gather(1, selection.clamp_min(0))
     block_size = int(within[row, position].max()) + 1 if len(row) else 1
     slots = (num_closed + 1) * block_size
     slot = served_by * block_size + within[row, position]
-    index = torch.full((batch_size, slots), -1)
+    index = torch.full((batch_size, slots), -1, device="cpu")
     index[row, slot] = row * compact_length + position
-    inverse = torch.full((batch_size, compact_length), -1)
+    inverse = torch.full((batch_size, compact_length), -1, device="cpu")
     inverse[row, position] = row * slots + slot
     return block_size, index, inverse

@@ -92,7 +92,7 @@ class ChunkMemory:
         """The retriever with its queries: from landmarks to what the chunks that close here select of them."""
         upper = self.layout.upper
         if isinstance(retriever, FixedRetriever):  # it asks by text, so by the keys of the chunks themselves
-            chunk = upper.skipped_chunks.unsqueeze(1) + torch.arange(self.visible.shape[1])
+            chunk = upper.skipped_chunks.unsqueeze(1) + torch.arange(self.visible.shape[1], device="cpu")
             chunk = chunk.clamp_max(max(self.landmarks.shape[1] - 1, 0)).to(self.landmarks.device)
             rows = torch.arange(len(chunk), device=chunk.device).unsqueeze(1)
             query = self.landmarks[rows, chunk]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import logging
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from drt.layers.chunk_encoder import ChunkEncoder
 from drt.layers.fixed_retrievers import FIXED_RETRIEVERS, FixedRetriever

@@ -37,14 +37,14 @@ def place_landmarks(
 ) -> LandmarkRows:
     """Lay out ``length`` packed columns of tokens; held: (B,) on the CPU, slots of each row so far."""
     slots = chunk_size + 1
-    numbers = torch.arange(len(held)).unsqueeze(1)
+    numbers = torch.arange(len(held), device="cpu").unsqueeze(1)
     read = held - held // slots  # tokens of each row so far: every chunk's landmark follows it at once
     end = read + (length if rows.lengths is None else rows.lengths)
     lengths = end + end // chunk_size - held
     width = max(int(lengths.max()), 1)
-    slot = held.unsqueeze(1) + torch.arange(width)
+    slot = held.unsqueeze(1) + torch.arange(width, device="cpu")
     token_index = (slot - slot // slots - read.unsqueeze(1)).clamp(0, length - 1) + numbers * length
-    token = read.unsqueeze(1) + torch.arange(length)
+    token = read.unsqueeze(1) + torch.arange(length, device="cpu")
     closes = (token + 1) % chunk_size == 0
     position = token + token // chunk_size - held.unsqueeze(1)
     position, output = (slot.clamp_max(width - 1) + numbers * width for slot in (position, position + closes))

@@ -104,7 +104,7 @@ class LandmarkModel(LandmarkPreTrainedModel):
         batch_size, length = source.shape[:2]
         held = None if cache is None else cache.layers[0].lengths
         if held is None:
-            held = torch.zeros(batch_size, dtype=torch.long)
+            held = torch.zeros(batch_size, dtype=torch.long, device="cpu")
         layout = place_landmarks(rows, held, length, self.config.chunk_size, source.device)
         states = [None] * len(self.layers) if cache is None else cache.layers
         for state in states:

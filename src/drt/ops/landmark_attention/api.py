@@ -104,7 +104,7 @@ def retrieving_attention(
     output = query.new_zeros(query.shape[0], length + 1, *query.shape[2:], dtype=value.dtype)
     started = held % slots
     for block in range(-(-(int(started.max()) + length) // slots)):
-        position = block * slots - started.unsqueeze(1) + torch.arange(slots)
+        position = block * slots - started.unsqueeze(1) + torch.arange(slots, device="cpu")
         valid = (position >= 0) & (position < length)
         if not bool(valid.any()):
             continue

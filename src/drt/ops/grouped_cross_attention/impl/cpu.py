@@ -255,7 +255,7 @@ def _filled_slots(weights: Tensor, indices: Tensor | None, lengths: Tensor | Non
     slots = weights.shape[2]
     if filled is None or filled.device.type != "cpu":
         return [slots] * weights.shape[:2].numel()
-    counts: list[int] = (filled * torch.arange(1, slots + 1)).amax(2).flatten().tolist()
+    counts: list[int] = (filled * torch.arange(1, slots + 1, device="cpu")).amax(2).flatten().tolist()
     return counts
 
 
