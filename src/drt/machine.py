@@ -1,4 +1,4 @@
-"""What a process costs, a clock that waits for the device, and memory that need not be paged in twice."""
+"""What a process costs, a clock that waits for the device, memory that need not be paged in twice, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import ctypes
 import platform
 import re
 import resource
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -66,3 +71,35 @@ def keep_freed_memory(most: int = 1 << 27) -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(M_TRIM_THRESHOLD, most))
+
+
+@contextmanager
+def hold_interrupt() -> Iterator[None]:
+    """Let a block come to its end before Ctrl-C interrupts; a second Ctrl-C interrupts it at once.
+
+    Nothing changes outside the main thread, which alone is interrupted, and where a program handles Ctrl-C itself.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed; after the block, if once.
+    """
+    default = signal.default_int_handler
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) != default
+    ):
+        yield
+        return
+    requested = False
+
+    def request(number: int, frame: FrameType | None) -> None:
+        nonlocal requested
+        requested = True
+        signal.signal(signal.SIGINT, default)
+
+    signal.signal(signal.SIGINT, request)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, default)
+    if requested:
+        raise KeyboardInterrupt

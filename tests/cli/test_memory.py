@@ -126,6 +126,7 @@ def test_append_adds_documents_once(
     assert len(facts(drt, "m")["documents"]) == 1  # as it was before
     assert "an append was interrupted" in drt("memory", "info", "m").stdout
     assert "has an unfinished build of" in refuses(*add, third)
+    assert "or drop what it has read: drt memory rollback m" in drt("memory", "info", "m").stdout
     assert drt(*add, other, third).exit_code == 0
     assert [one["name"] for one in facts(drt, "m")["documents"]] == [str(book), str(other), str(third)]
     assert drt("memory", "verify", "m").exit_code == 0
@@ -133,6 +134,122 @@ def test_append_adds_documents_once(
     build_again = ("memory", "build", "--checkpoint", checkpoint, "-o", "m", "--segment-size", "60")
     assert "and drt memory append" not in refuses(*build_again, book)
     assert "drt memory append adds documents to it" in refuses(*build_again, book)
+
+
+def test_a_text_that_has_changed_is_refused_by_build(build: Run, refuses: Run, checkpoint: Path) -> None:
+    again = ("memory", "build", "--checkpoint", checkpoint, "notes.txt", "-o", "m")
+    Path("notes.txt").write_text("The code is |aa=11111|.")
+    build("notes.txt", "-o", "m")
+    before = content(Path("m"))
+    assert "m is complete" in build(Path("notes.txt").absolute(), "-o", "m").stdout
+    for changed in (
+        "The code is |aa=99999|.",
+        "The code is |aa=11111|",
+        "The code is |aa=11111|. And",
+        "Other",
+    ):
+        Path("notes.txt").write_text(changed)
+        message = refuses(*again)
+        assert "m holds another text of the name notes.txt" in message
+    assert content(Path("m")) == before
+
+
+def test_files_of_one_name_are_told_apart(
+    drt: Run, build: Run, refuses: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("notes.txt").write_text("The code is |aa=11111|.")
+    build("notes.txt", "-o", "m")
+    Path("other").mkdir()
+    Path("other", "notes.txt").write_text("Another note. |bb=22222|")
+    monkeypatch.chdir("other")
+    options = ("--checkpoint", checkpoint, "--device", "cpu", "../m", "notes.txt")
+    assert "holds another text of the name notes.txt" in refuses(
+        "memory", "build", *options[:-2], "-o", *options[-2:]
+    )
+    assert drt("memory", "append", *options).exit_code == 0
+    names = ["notes.txt", str(Path("notes.txt").absolute())]
+    assert [one["name"] for one in facts(drt, "../m")["documents"]] == names
+    assert "../m holds notes.txt already" in refuses("memory", "append", *options)
+    monkeypatch.chdir("..")
+    assert "m holds notes.txt already" in refuses("memory", "append", *options[:-2], "m", "notes.txt")
+    assert "m is complete" in build("notes.txt", "other/notes.txt", "-o", "m").stdout
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_an_append_whose_text_is_gone_can_be_dropped(
+    drt: Run,
+    build: Run,
+    refuses: Run,
+    checkpoint: Path,
+    book: Path,
+    other: Path,
+    stop_after: Callable[[int], None],
+    gone: bool,
+) -> None:
+    build(other, "-o", "m", "--segment-size", "60")
+    before = content(Path("m"))
+    add = ("memory", "append", "--checkpoint", checkpoint, "--device", "cpu", "m")
+    stop_after(3)
+    assert drt(*add, book).exit_code == 130
+    text = book.read_bytes()
+    if gone:
+        book.unlink()
+    else:
+        book.write_bytes(text[:10] + b"!" + text[11:])
+    third = other.with_name("third.txt")
+    third.write_text("a third text")
+    for command in ((*add, book), (*add, third), ("memory", "index", "m")):
+        assert "drt memory rollback m" in refuses(*command)
+    assert "drt memory rollback m" in drt("memory", "verify", "m").stdout
+    assert "m: dropped 180 tokens; it holds 22 tokens of 1 document" in drt("memory", "rollback", "m").stdout
+    assert content(Path("m")) == before
+    assert "m: nothing is unfinished; it holds 22 tokens" in drt("memory", "rollback", "m").stdout
+    assert drt(*add, third).exit_code == 0
+    assert drt("memory", "verify", "m").exit_code == 0
+
+
+def test_a_first_build_can_be_dropped(
+    drt: Run, build: Run, checkpoint: Path, book: Path, other: Path, stop_after: Callable[[int], None]
+) -> None:
+    stop_after(2)
+    options = ("--checkpoint", checkpoint, "--segment-size", "60", "-o", "m")
+    assert drt("memory", "build", book, *options).exit_code == 130
+    book.unlink()
+    assert drt("memory", "rollback", "m").exit_code == 0
+    build(other, "-o", "m", "--dtype", "int8")
+    assert [one["name"] for one in facts(drt, "m")["documents"]] == [str(other)]
+
+
+def test_ctrl_c_before_anything_was_read_leaves_no_folder(
+    drt: Run, checkpoint: Path, book: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(archive_drt, "read_documents", stopped)
+    result = drt("memory", "build", "--checkpoint", checkpoint, book, "-o", "some/m")
+    assert result.exit_code == 130
+    assert "stopped before anything was read" in result.stderr
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["itself", "link", "hard link"])
+@pytest.mark.parametrize("name", ["text.bin", "segments.jsonl", "manifest.json"])
+def test_an_archive_does_not_read_its_own_files(
+    build: Run, refuses: Run, checkpoint: Path, other: Path, name: str, kind: str
+) -> None:
+    build(other, "-o", "m")
+    own, source = Path("m", name), Path("source.txt")
+    if kind == "itself":
+        source = own
+    elif kind == "link":
+        source.symlink_to(own)
+    else:
+        source.hardlink_to(own)
+    message = refuses("memory", "append", "--checkpoint", checkpoint, "m", source)
+    assert f"{source} is a file of m" in message
+    with Archive.open("m") as archive:
+        assert archive.finished
 
 
 def test_an_index_is_told_of_used_and_verified(
@@ -186,6 +303,7 @@ def test_verify_names_what_is_damaged(drt: Run, build: Run, book: Path, name: st
         ([".", "-o", "m"], ".: Is a directory"),
         (["empty.txt", "-o", "m"], "empty.txt is empty; wanted a text of at least one character"),
         (["a.txt", "a.txt", "-o", "m"], "a.txt is named twice"),
+        (["a.txt", "full/../a.txt", "-o", "m"], "full/../a.txt is named twice"),
         (["a.txt", "-o", "m", "--dtype", "int4"], "--dtype: wanted bfloat16, float32, float16 or int8, got 'int4'"),
         (["a.txt", "-o", "m", "--segment-size", "many"], "wanted a length such as 4096, 64K or 1M, got 'many'"),
         (["a.txt", "-o", "full"], "full holds other files (notes); choose an empty folder"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from codecs import getincrementaldecoder
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,7 @@ from drt.errors import DRTError, Interrupted
 from drt.terminal import print_table, say
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from drt.cli.shared import LoadedModel
     from drt.memory import Archive, ArchiveDescription, ArchiveWriter
@@ -59,8 +60,9 @@ def build(
 ) -> None:
     """Read documents and keep what the model remembers of them.
 
-    The archive holds the texts too, so it can be copied to another machine as it is. After Ctrl-C or a kill the same
-    command goes on from the last commit; where nothing is left to do it says so.
+    The archive holds the texts too, so it can be copied to another machine as it is. After Ctrl-C the same command goes
+    on from there, after a kill from the last commit; where nothing is left to do it says so. A text that has changed
+    since is refused.
 
     Examples:
 
@@ -69,10 +71,10 @@ def build(
         drt memory build volume-1.txt volume-2.txt -o books.memory --checkpoint runs/my-model/final
     """
     # Torch and transformers take seconds to import: not before `--help` and mistyped options are dealt with.
-    check_files(files)
+    with naming_rollback(output):
+        check_files(files)
 
     from drt.cli.shared import check_maker, load_checkpoint, parse_length
-    from drt.memory.archive import MANIFEST
     from drt.memory.archive_writer import ArchiveWriter
     from drt.models.drt.archive_drt import describe_archive
 
@@ -83,14 +85,12 @@ def build(
     description = describe_archive(
         loaded.model, loaded.tokenizer, model_name=loaded.name, dtype=dtype, segment_size=tokens_a_pass
     )
-    exists = (output / MANIFEST).exists()
-    with ArchiveWriter.open(output) if exists else ArchiveWriter.create(output, description) as archive:
+    begun = is_begun(output)
+    with ArchiveWriter.open(output) if begun else ArchiveWriter.create(output, description) as archive:
         check_maker(loaded, archive)
         check_settings(archive, description)
-        held = [document.name for document in archive.documents]
-        if archive.finished and held != [str(path) for path in files]:
-            raise DRTError(f"{output} holds {list_names(held)}; drt memory append adds documents to it")
         if archive.finished:
+            check_complete(archive, files)
             say(f"{output} is complete: {describe_size(archive)}")
         else:
             read_files(loaded, archive, files)
@@ -105,26 +105,50 @@ def append(
 ) -> None:
     """Read more documents into an archive, after those that it holds.
 
-    Whoever asks the archive meanwhile sees it as it was before. After Ctrl-C or a kill the same command goes on from
-    the last commit.
+    Whoever asks the archive meanwhile sees it as it was before. After Ctrl-C the same command goes on from there, after
+    a kill from the last commit; drt memory rollback drops what it has read instead.
 
     Example:
 
         drt memory append book.memory sequel.txt
     """
-    check_files(files)
+    with naming_rollback(folder):
+        check_files(files)
 
     from drt.cli.shared import check_maker, load_checkpoint
     from drt.memory.archive_writer import ArchiveWriter
+    from drt.models.drt.archive_sources import find_held
 
     with ArchiveWriter.open(folder) as archive:
-        held = [document.name for document in archive.documents]
-        again = [str(path) for path in files if str(path) in held]
-        if archive.finished and again:
+        unfinished = archive.unfinished_documents
+        again = [str(path) for path in files if find_held(archive, path) not in (None, *unfinished)]
+        if again:
             raise DRTError(f"{folder} holds {list_names(again)} already: {describe_size(archive)}")
         loaded = load_checkpoint(checkpoint, device)
         check_maker(loaded, archive)
         read_files(loaded, archive, files)
+
+
+@memory.command()
+def rollback(folder: FolderArgument) -> None:
+    """Drop what an unfinished append or build has read, for one that cannot be gone on with.
+
+    The archive is then as it was when it was last finished, which is what drt ask has seen all along. Where no build
+    has ever finished nothing is left, and another can be made in its place.
+
+    Example:
+
+        drt memory rollback book.memory
+    """
+    from drt.memory.archive import MANIFEST
+    from drt.memory.archive_writer import ArchiveWriter
+    from drt.memory.manifest import Manifest
+
+    before = Manifest.load(folder / MANIFEST).head.tokens
+    with ArchiveWriter.rollback(folder) as archive:
+        dropped = before - archive.num_tokens
+        did = f"dropped {dropped:,} tokens" if dropped else "nothing is unfinished"
+        say(f"{folder}: {did}; it holds {describe_size(archive)}")
 
 
 @memory.command()
@@ -200,7 +224,7 @@ def check_files(files: Sequence[Path]) -> None:
         OSError: one that cannot be read.
     """
     for number, path in enumerate(files):
-        if path in files[:number]:
+        if path.resolve() in [other.resolve() for other in files[:number]]:
             raise DRTError(f"{path} is named twice")
         if path.is_fifo():
             raise DRTError(f"{path} is a pipe; wanted a file, which can be read again after a stop")
@@ -225,6 +249,59 @@ def check_text(path: Path) -> None:
         raise DRTError(f"{path} is empty; wanted a text of at least one character")
     if decoder.getstate()[0]:
         raise DRTError(f"{path} is not UTF-8 text: it ends within a character")
+
+
+@contextmanager
+def naming_rollback(folder: Path) -> Iterator[None]:
+    """Add to an error about files how to go on without them, where an unfinished archive waits for them."""
+    try:
+        yield
+    except (DRTError, OSError) as error:
+        from drt.memory.archive import MANIFEST
+        from drt.memory.manifest import Manifest
+
+        try:
+            manifest = Manifest.load(folder / MANIFEST)
+        except DRTError:
+            raise error from None
+        if manifest.head == manifest.finished:
+            raise
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        raise DRTError(
+            f"{reason}. {folder} is unfinished; to drop what it has read: drt memory rollback {folder}"
+        ) from error
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether there is an archive to which something was committed.
+
+    Raises:
+        DRTError: there is one, but damaged.
+    """
+    from drt.memory.archive import MANIFEST
+    from drt.memory.manifest import Manifest
+
+    return (folder / MANIFEST).exists() and Manifest.load(folder / MANIFEST).head.segments > 0
+
+
+def check_complete(archive: Archive, files: Sequence[Path]) -> None:
+    """Make sure that a finished archive holds these files, in this order and as they are now.
+
+    Raises:
+        DRTError: it holds others, or another text of a file.
+    """
+    from drt.models.drt.archive_sources import find_held, has_name
+
+    documents = archive.documents
+    if len(documents) != len(files) or not all(map(has_name, documents, files)):
+        names = list_names([document.name for document in documents])
+        raise DRTError(f"{archive.path} holds {names}; drt memory append adds documents to it")
+    for path in files:
+        if find_held(archive, path) is None:
+            raise DRTError(
+                f"{archive.path} holds another text of the name {path}: the file has changed since it was read, or is "
+                "another one. Build another archive, or add it with drt memory append"
+            )
 
 
 def check_settings(archive: Archive, wanted: ArchiveDescription) -> None:
@@ -264,6 +341,8 @@ def read_files(loaded: LoadedModel, archive: ArchiveWriter, files: Sequence[Path
         try:
             read_documents(loaded.model, loaded.tokenizer, archive, files, advance)
         except KeyboardInterrupt as interrupt:
+            if archive.num_segments == 0:
+                raise Interrupted("stopped before anything was read") from interrupt
             raise Interrupted(
                 f"stopped; {archive.path} keeps {describe_size(archive)}. The same command goes on from there."
             ) from interrupt
@@ -311,7 +390,10 @@ def show_facts(facts: dict[str, Any]) -> None:
     if facts["indexed"]:
         lines["index"] = f"of {facts['indexed']:,} chunks"
     if facts["unfinished"]:
-        lines["unfinished"] = "an append was interrupted; the same append goes on from there"
+        lines["unfinished"] = (
+            "an append was interrupted; the same append goes on from there, or drop what it has read: "
+            f"drt memory rollback {facts['path']}"
+        )
     for name, line in lines.items():
         say(f"{name:<11}{line}")
     rows = []

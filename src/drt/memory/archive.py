@@ -116,7 +116,7 @@ class Archive:
             if manifest.finished is None:
                 raise DRTError(
                     f"{folder} is not finished: its build stopped after {manifest.head.tokens:,} tokens; run it again "
-                    "and it goes on from there"
+                    f"and it goes on from there, or drop them: drt memory rollback {folder}"
                 )
             files = ArchiveFiles(folder, manifest.description, writable=False, verify=verify)
             archive = cls(folder, manifest, manifest.finished, files)

@@ -42,7 +42,7 @@ def verify_archive(path: Path | str, on_progress: Callable[[int], None] | None =
     if manifest.finished != manifest.head:
         problems.append(
             f"{folder} is not finished: {manifest.head.tokens:,} tokens are committed; run the same command again and "
-            "it goes on from there"
+            f"it goes on from there, or drop them: drt memory rollback {folder}"
         )
     return problems
 

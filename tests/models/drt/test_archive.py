@@ -6,17 +6,22 @@ import copy
 import gc
 import hashlib
 import itertools
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from drt.data.token_stream import TokenStream
 from drt.errors import DRTError
 from drt.memory import Archive, ArchiveWriter, ChunkStore, DeviceStore, HostStore, verify_archive
+from drt.memory.manifest import DATA_FILES
 from drt.models.drt import DRTCache, DRTForCausalLM
 from drt.models.drt.archive_drt import describe_archive, read_documents
 from drt.models.drt.chunk_layout import upper_reach
@@ -224,6 +229,63 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(
     assert sum(total) == sum(len(file.read_bytes()) for file in files)
 
 
+@pytest.mark.parametrize("stop", [1, 3, 4, 5, -2, -1, 0])
+def test_ctrl_c_commits_what_was_read(
+    model: DRTForCausalLM,
+    tokenizer: ByT5Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: int,
+) -> None:
+    """In the midst of a pass, counted from the first or the last, which is brought to its end."""
+    passes: list[int] = []
+    stop_at = -1
+    add_text = ArchiveWriter.add_text
+
+    def interrupted(writer: ArchiveWriter, text: bytes, stops: NDArray[np.int64]) -> None:
+        passes.append(len(text))
+        if len(passes) == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        add_text(writer, text, stops)
+
+    monkeypatch.setattr(ArchiveWriter, "add_text", interrupted)
+    files = write(tmp_path / "texts", a=TEXT[:230], b=TEXT[200:])
+    whole = build(model, tokenizer, tmp_path / "whole", files)
+    stop_at = stop if stop > 0 else len(passes) + stop
+    passes.clear()
+    description = describe_archive(model, tokenizer, model_name="small", dtype="float32", segment_size=60)
+    with ArchiveWriter.create(tmp_path / "cut", description) as writer:
+        with pytest.raises(KeyboardInterrupt):
+            read_documents(model, tokenizer, writer, files)
+        assert (len(passes), sum(passes)) == (stop_at, writer.num_tokens)
+        assert writer.finished == (stop == 0)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if stop:
+        assert verify_archive(tmp_path / "cut") != []
+        with ArchiveWriter.open(tmp_path / "cut") as writer:
+            read_documents(model, tokenizer, writer, files)
+        for name in DATA_FILES:
+            assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes()
+    assert verify_archive(tmp_path / "cut") == []
+
+
+def test_a_second_ctrl_c_commits_no_half_of_a_pass(
+    model: DRTForCausalLM, tokenizer: ByT5Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write(tmp_path / "texts", a=TEXT)
+    description = describe_archive(model, tokenizer, model_name="small", dtype="float32", segment_size=60)
+
+    def interrupted(*arguments: object) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with ArchiveWriter.create(tmp_path / "cut", description) as writer:
+        monkeypatch.setattr(ArchiveWriter, "add_text", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            read_documents(model, tokenizer, writer, files)
+        assert writer.num_segments == 0
+
+
 def test_appending_goes_on_where_the_archive_ends(
     model: DRTForCausalLM, tokenizer: ByT5Tokenizer, tmp_path: Path
 ) -> None:
@@ -253,7 +315,7 @@ def test_files_of_another_build_are_refused(
     with ArchiveWriter.create(tmp_path / "cut", description) as writer, pytest.raises(Stop):
         read_documents(model, tokenizer, writer, files, stop, commit_tokens=100)
     with ArchiveWriter.open(tmp_path / "cut") as writer:
-        with pytest.raises(DRTError, match=r"unfinished build of .*a; wanted files that begin with these"):
+        with pytest.raises(DRTError, match=r"unfinished build of .*a; expected files that begin with these"):
             read_documents(model, tokenizer, writer, files[1:])
         with pytest.raises(DRTError, match="is not finished: finish its build before asking"):
             DRTCache.open(writer, model)

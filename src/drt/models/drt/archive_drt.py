@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from drt.data.token_stream import TokenPiece, TokenStream
 from drt.errors import DRTError
+from drt.machine import hold_interrupt
 from drt.memory import ArchiveDescription, ArchiveWriter, Document
+from drt.models.drt.archive_sources import check_not_own, check_unfinished, document_name
 from drt.models.drt.cache_drt import DRTCache
 from drt.models.drt.chunk_layout import upper_reach
 from drt.models.drt.fingerprint import model_fingerprint, tokenizer_fingerprint
 from drt.models.drt.modeling_drt import DRTForCausalLM
 
 COMMIT_TOKENS = 2**18  # read between two commits: what a killed build has to read again
-COMPARED_BYTES = 2**22
 
 
 def describe_archive(
@@ -75,42 +77,44 @@ def read_documents(
     Each document begins with fresh attention windows and ends with a closed chunk; chunk numbers go on. Only the lower
     decoder and the chunk encoder run, but for the end of the last document, so the cost of a token does not grow with
     what the archive holds. An unfinished call is gone on with where it was last committed, with the same result as
-    without the interruption, bit for bit on the same machine.
+    without the interruption, bit for bit on the same machine. Ctrl-C commits what was read; one pass is brought to its
+    end first, a second Ctrl-C interrupts at once.
 
     Args:
         model: the archive's, in eval mode.
         tokenizer: its tokenizer.
         writer: open for writing.
-        paths: UTF-8 text files; of an unfinished call, the same ones.
+        paths: UTF-8 text files; of an unfinished call, the same ones. One of the name of a document that is held
+            already is called by its full path.
         on_progress: called with numbers of tokens read, which add up to all of them.
         commit_tokens: tokens between two commits, at least.
 
     Raises:
-        DRTError: another model or tokenizer, no file or an empty one, files that are not those of the unfinished call,
-            a full disk.
+        DRTError: another model or tokenizer, no file or an empty one, one of the archive's own, files that are not
+            those of the unfinished call, a full disk.
         ValueError: a model in training mode.
     """
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() before reading")
     writer.check(model_fingerprint(model), tokenizer_fingerprint(tokenizer))
-    begun = writer.unfinished_documents
-    names = [str(path) for path in paths]
-    if not paths or [document.name for document in begun] != names[: len(begun)]:
-        raise DRTError(
-            f"{writer.path} has an unfinished build of {', '.join(document.name for document in begun) or 'no file'}; "
-            f"wanted files that begin with these, got {', '.join(names) or 'none'}"
-        )
-    if begun and begun[-1].complete and len(begun) == len(paths):
-        raise DRTError(f"{writer.path}: the unfinished build was of more files than {', '.join(names)}")
+    files = [Path(path) for path in paths]
+    if not files:
+        raise DRTError(f"expected files for {writer.path} to read, got none")
+    check_not_own(writer, files)
+    check_unfinished(writer, files)
     reading = _Reading(model, writer, commit_tokens, on_progress or (lambda tokens: None))
-    for number, path in enumerate(paths):
-        stream, held = TokenStream(path, tokenizer), begun[number] if number < len(begun) else None
-        if held is not None:
-            _check_same(writer, held, stream.path)
-            reading.on_progress(held.num_tokens)
-        if held is None or not held.complete:
-            reading.read(stream, held, last=number == len(paths) - 1)
-    writer.commit(reading.cache.state(), finished=True)
+    begun = writer.unfinished_documents
+    try:
+        for number, path in enumerate(files):
+            stream, held = TokenStream(path, tokenizer), begun[number] if number < len(begun) else None
+            if held is not None:
+                reading.on_progress(held.num_tokens)
+            if held is None or not held.complete:
+                reading.read(stream, held, last=number == len(files) - 1)
+        reading.finish()
+    except KeyboardInterrupt:
+        reading.keep()
+        raise
 
 
 class _Reading:
@@ -125,6 +129,7 @@ class _Reading:
     ) -> None:
         self.model, self.writer, self.on_progress = model, writer, on_progress
         self.commit_tokens, self.uncommitted = commit_tokens, 0
+        self.is_between_passes, self.is_at_end = True, False
         self.cache = DRTCache(model.config, writer.store())
         self.chunk_size = model.config.chunk_size
         # Whole chunks: none is open where a pass, and so a commit, ends.
@@ -134,7 +139,7 @@ class _Reading:
     def read(self, stream: TokenStream, held: Document | None, last: bool) -> None:
         """Read a document, or the rest of it."""
         if held is None:
-            self.writer.begin_document(str(stream.path))
+            self.writer.begin_document(document_name(self.writer, stream.path))
             self.cache.begin_text()
         else:
             self.cache.load_state(self.writer.state(), self.model.device, self.model.dtype)
@@ -142,10 +147,30 @@ class _Reading:
         skip = (0, 0) if held is None else (held.num_tokens, held.num_bytes)
         empty = True
         for piece, is_end in _passes(stream.pieces(*skip), self.pass_tokens, self.reach):
-            self._pass(piece, is_end, last)
+            with self._uninterrupted():
+                self._pass(piece, is_end, last)
+            self.on_progress(len(piece.ids))
             empty = False
         if empty:
             raise DRTError(f"{stream.path} is empty; wanted a text")
+
+    def finish(self) -> None:
+        """Commit for the last time."""
+        with self._uninterrupted():
+            self.writer.commit(self.cache.state(), finished=True)
+            self.uncommitted = 0
+
+    def keep(self) -> None:
+        """Commit what was read until an interruption; but not the half of a pass or of a commit."""
+        if self.is_between_passes and self.uncommitted:
+            self.writer.commit(self.cache.state(), finished=self.is_at_end)
+
+    @contextmanager
+    def _uninterrupted(self) -> Iterator[None]:
+        with hold_interrupt():
+            self.is_between_passes = False
+            yield
+            self.is_between_passes = True
 
     def _pass(self, piece: TokenPiece, is_end: bool, last: bool) -> None:
         ids = torch.from_numpy(piece.ids).long().to(self.model.device)[None]
@@ -162,12 +187,12 @@ class _Reading:
             stops = np.append(stops, piece.stops[-1])
         self.writer.add_text(piece.text, stops)
         self.uncommitted += len(piece.ids)
+        self.is_at_end = is_end and last
         if is_end:
             self.writer.end_document()
-        if self.uncommitted >= self.commit_tokens and not (is_end and last):
+        if self.uncommitted >= self.commit_tokens and not self.is_at_end:
             self.writer.commit(self.cache.state(), finished=False)
             self.uncommitted = 0
-        self.on_progress(len(piece.ids))
 
 
 def _passes(pieces: Iterator[TokenPiece], pass_tokens: int, reach: int) -> Iterator[tuple[TokenPiece, bool]]:
@@ -199,18 +224,3 @@ def _passes(pieces: Iterator[TokenPiece], pass_tokens: int, reach: int) -> Itera
 def _first_bytes(piece: TokenPiece) -> int:
     """Bytes of a piece's first token."""
     return len(piece.text) - int(piece.stops[-1] - piece.stops[0])
-
-
-def _check_same(writer: ArchiveWriter, held: Document, path: Path) -> None:
-    """Raise DRTError where a file is not what an unfinished build has read of it."""
-    try:
-        with path.open("rb") as file:
-            same = True
-            for first in range(0, held.num_bytes, COMPARED_BYTES):
-                last = min(first + COMPARED_BYTES, held.num_bytes)
-                same = same and file.read(last - first) == writer.text(held, first, last)
-            same = same and (not held.complete or not file.read(1))
-    except OSError as error:
-        raise DRTError(f"{path}: cannot be read: {error.strerror}") from error
-    if not same:
-        raise DRTError(f"{path} has changed since {writer.path} began to read it; build another archive")
