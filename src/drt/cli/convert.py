@@ -26,7 +26,7 @@ def convert(
     """Convert a checkpoint of the paper's authors to this package's architecture.
 
     The folder is written with `save_pretrained`. To use it with drt generate, save the tokenizer that the model was
-    trained with into the same folder.
+    trained with into the same folder. Groups of upper layers may differ in size, as in "decoder_layers": [1, 1, 2].
 
     Example:
 
