@@ -37,24 +37,39 @@ def open_regular(
     Raises:
         DRTError: the file cannot be opened or is not a regular file; the message names it.
     """
-    links = 0 if follow else os.O_NOFOLLOW
+    no_follow = 0 if follow else os.O_NOFOLLOW
     try:
         # O_NONBLOCK: opening a pipe would otherwise wait for its other end.
-        descriptor = os.open(path, flags & ~os.O_TRUNC | links | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+        descriptor = os.open(path, flags & ~os.O_TRUNC | no_follow | os.O_NONBLOCK | os.O_CLOEXEC, mode)
     except OSError as error:
-        if error.errno == errno.ELOOP:
+        if error.errno == errno.ELOOP and not follow:
             raise DRTError(f"{path}: expected a regular file, got a symbolic link") from error
-        if error.errno == errno.ENXIO:
+        if error.errno in (errno.ENXIO, errno.EISDIR):
             raise DRTError(f"{path}: expected a regular file, got {_describe_target(path)}") from error
         raise DRTError(f"{path}: cannot be opened: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise DRTError(f"{path}: expected a regular file, got {describe_kind(path)}")
-    if (
-        flags & os.O_TRUNC
-    ):  # only now: truncating a device or the target of a link would be too late to refuse
+        raise DRTError(f"{path}: expected a regular file, got {_describe_target(path)}")
+    # Only now: truncating a device or the target of a link would be too late to refuse.
+    if flags & os.O_TRUNC:
         os.ftruncate(descriptor, 0)
     return descriptor
+
+
+def read_regular(path: Path | str, max_bytes: int | None = None) -> bytes:
+    """Read a file that the user names; it may be a link to a regular one.
+
+    Raises:
+        DRTError: it cannot be read, is not a regular file, or holds more than ``max_bytes``.
+    """
+    with os.fdopen(open_regular(path, follow=True), "rb") as file:
+        try:
+            content = file.read(-1 if max_bytes is None else max_bytes + 1)
+        except OSError as error:
+            raise DRTError(f"{path}: cannot be read: {error.strerror}") from error
+    if max_bytes is not None and len(content) > max_bytes:
+        raise DRTError(f"{path}: expected at most {max_bytes:,} bytes, got more")
+    return content
 
 
 def check_output(path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -230,9 +232,65 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path, make_record: MakeReco
         read_records(path, NeedleRecord)
 
 
+ABSURD: list[tuple[int | None, dict[str, Any]]] = [
+    (None, {"length": 0}),
+    (None, {"length": -1}),
+    (None, {"length": 10**30}),
+    (None, {"depth": 1.5}),
+    (None, {"depth": math.nan}),
+    (None, {"prefill_seconds": 0.0}),
+    (None, {"peak_rss_bytes": -1}),
+    (None, {"settings": {"needles": -1}}),
+    (0, {"losses": [math.nan, 1.0]}),
+    (0, {"losses": [math.inf, 1.0]}),
+    (0, {"losses": [2.5]}),
+    (0, {"positions": [4, 2]}),
+    (0, {"positions": [1, 2]}),
+    (0, {"positions": [0, 4]}),
+    (0, {"tokens": [0, 0]}),
+    (0, {"positions": [], "tokens": [], "bytes": [], "losses": []}),
+    (1, {"scores": {"rouge1": math.inf}}),
+    (2, {"parameters": -(2**70)}),
+]
+
+
+@pytest.mark.parametrize(("other", "changes"), ABSURD, ids=str)
+def test_values_that_cannot_be_are_refused(
+    make_record: MakeRecord, other: int | None, changes: dict[str, Any]
+) -> None:
+    record = make_record() if other is None else OTHERS[other]
+    assert from_line(to_line(record)) == record
+    with pytest.raises(ValueError, match="wanted"):
+        from_line(json.dumps(json.loads(to_line(record)) | changes))
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, '{"length": ' + "9" * 5000 + "}"]
+)
+def test_a_line_of_any_depth_or_size_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match=r"wanted|nested|digits"):
+        from_line(line)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a device", "folder"])
+def test_records_are_read_from_regular_files(tmp_path: Path, make_record: MakeRecord, kind: str) -> None:
+    path = tmp_path / "records.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(DRTError, match=r"expected a regular file, got a (pipe|link to a device|folder)"):
+        read_records(path, NeedleRecord)
+    write(tmp_path / "real", [make_record()])
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert read_records(tmp_path / "link", NeedleRecord) == [make_record()]
+
+
 def test_a_file_that_cannot_be_read_or_written_is_named(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
-    with pytest.raises(DRTError, match=re.escape(f"{path}: cannot be read as records")):
+    with pytest.raises(DRTError, match=re.escape(f"{path}: cannot be opened")):
         read_records(path, NeedleRecord)
     path.write_bytes(b"\xff\n")
     with pytest.raises(DRTError, match=re.escape(f"{path}: cannot be read as records")):

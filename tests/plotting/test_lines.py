@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from drt.eval.results import NeedleRecord, PerplexityRecord
 from drt.plotting.cost import plot_cost
+from drt.plotting.needle import plot_needles
 from drt.plotting.perplexity import plot_loss_by_position
-from drt.plotting.style import COLOURS, format_position, line_style
+from drt.plotting.style import COLOURS, format_position, line_style, save_figure, show_name
 
 COMMON: dict[str, Any] = {
     "device": "cpu",
@@ -41,6 +45,37 @@ def document(checkpoint: str, bits: Sequence[float], positions: Sequence[int]) -
         peak_device_bytes=None,
         **COMMON,
     )
+
+
+NAMES = ("$$", "$\\frac$", "_private", "a\\", "\x1b[31m\n\ud800", "一", "x" * 5000, "[x](y)")
+
+
+@pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
+def test_any_name_can_be_drawn(kind: str) -> None:
+    models = {name: [document(name, [3, 2], [256, 512])] for name in NAMES}
+    found = {
+        name: [replace(needle(name, n, 1.0, None), checkpoint=name) for n in (64, 128)] for name in NAMES
+    }
+    figures = [plot_loss_by_position(models, "$$"), plot_cost(found), plot_needles(found["$$"] + found["一"])]
+    for figure in figures:
+        save_figure(figure, io.BytesIO(), kind)
+    for figure in figures[:2]:
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == [show_name(name) for name in NAMES]
+    assert show_name("_private") == "_private"
+    assert show_name("a$b") == r"a\$b"
+    assert len(show_name("x" * 5000)) == 80
+
+
+@pytest.mark.parametrize("size", [(6, 4), (1000, 3), (500, 500), (10**6, 10**6)])
+def test_a_figure_of_any_size_can_be_written(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
+    dots: list[float] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, format, dpi: dots.append(dpi))
+    save_figure(Figure(figsize=size), io.BytesIO(), "png")
+    height, width = (side * dots[0] for side in size)
+    assert max(height, width) < 2**16
+    assert height * width <= 2**24 + 1
+    assert (dots == [150]) == (size == (6, 4))
 
 
 def test_bits_per_byte_and_their_differences() -> None:

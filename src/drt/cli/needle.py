@@ -120,6 +120,7 @@ def needle(
     from drt.eval.needle import NeedlePlan, evaluate_needles, finished_keys
     from drt.eval.results import NeedleRecord, read_records
     from drt.plotting.needle import plot_needles
+    from drt.plotting.style import save_figure
 
     lengths, tokens_a_pass = parse_lengths("--length", length), parse_length("--segment-size", segment_size)
     with naming("--task"):
@@ -165,7 +166,7 @@ def needle(
         )
         records += write_all(answers, json, resume, watch)
     with atomic_write(plot) as file:
-        plot_needles(records).savefig(file, format=plot.suffix.removeprefix("."), dpi=150)
+        save_figure(plot_needles(records), file, plot.suffix.removeprefix("."))
     print_results(records)
     say(f"records: {json}, picture: {plot}")
 

@@ -101,4 +101,5 @@ def _resample(pairs: NDArray[np.float64], rng: np.random.Generator, resamples: i
 def _ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     """Bits per byte of (2, ...) sums of nats and of bytes."""
     nats, size = sums
-    return nats / math.log(2) / size
+    with np.errstate(divide="ignore", invalid="ignore"):  # documents of an end token alone have no byte
+        return nats / math.log(2) / size

@@ -184,12 +184,15 @@ class Score:
     @property
     def perplexity(self) -> float:
         """exp of the mean loss of a token."""
-        return math.exp(self.loss / self.tokens)
+        try:
+            return math.exp(self.loss / self.tokens)
+        except OverflowError:  # more than 709 nats a token
+            return math.inf
 
     @property
     def bits_per_byte(self) -> float:
         """Bits that an ideal compressor would spend on a byte of the text; comparable between tokenizers."""
-        return self.loss / math.log(2) / self.bytes
+        return self.loss / math.log(2) / self.bytes if self.bytes else math.nan
 
 
 def total_score(records: Sequence[PerplexityRecord]) -> Score:

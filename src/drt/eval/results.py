@@ -6,12 +6,13 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 from drt.errors import DRTError
-from drt.files import open_regular
+from drt.files import open_regular, read_regular
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,13 @@ class EvaluationRecord:
     checkpoint: str
     device: str
     dtype: str
+
+    def check(self) -> None:
+        """Make sure that values which came from a file can stand together.
+
+        Raises:
+            ValueError: they cannot.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +79,14 @@ class NeedleRecord(EvaluationRecord):
     settings: dict[str, int]
     memory_dtype: str | None = None
 
+    def check(self) -> None:
+        """A text has a length, a needle lies in it, and reading takes time."""
+        if not (self.length > 0 and 0 <= self.depth <= 1 and self.prefill_seconds > 0):
+            raise ValueError(
+                f"wanted length > 0, depth in 0..1 and prefill_seconds > 0, "
+                f"got {self.length}, {self.depth}, {self.prefill_seconds}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityRecord(EvaluationRecord):
@@ -106,6 +122,17 @@ class PerplexityRecord(EvaluationRecord):
     peak_rss_bytes: int
     peak_device_bytes: int | None
     batch_size: int
+
+    def check(self) -> None:
+        """Buckets are as many as their ends, which ascend up to the length, and hold tokens."""
+        counts = {len(values) for values in (self.positions, self.tokens, self.bytes, self.losses)}
+        ascending = all(first < second for first, second in pairwise([0, *self.positions]))
+        if counts != {len(self.positions) or None} or not ascending or self.positions[-1] < self.length:
+            raise ValueError(
+                "wanted buckets that end at ascending positions, the last at the length or beyond"
+            )
+        if not sum(self.tokens):
+            raise ValueError("tokens: wanted at least one that was predicted, got none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +221,7 @@ class RetrievalRecord(EvaluationRecord):
 
 
 RecordT = TypeVar("RecordT", bound=EvaluationRecord)
+LARGEST = 2**63  # of any number in a record
 KINDS: tuple[type[EvaluationRecord], ...] = (
     NeedleRecord,
     PerplexityRecord,
@@ -217,10 +245,13 @@ def from_line(line: str) -> EvaluationRecord:
     """Read what `to_line` wrote; the fields tell which record it is.
 
     Raises:
-        ValueError: not JSON, or not the fields of one of `KINDS` with values of their types. A field with a default
-            may be missing: a later release added it.
+        ValueError: not JSON, or not the fields of one of `KINDS` with values of their types that can be: counts are
+            not negative, numbers are finite. A field with a default may be missing: a later release added it.
     """
-    values = json.loads(line)
+    try:
+        values = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(values, dict):
         raise ValueError(f"wanted a JSON object, got {type(values).__name__}")
     kind = max(KINDS, key=lambda kind: len(_fields(kind).keys() & values.keys()))
@@ -234,7 +265,9 @@ def from_line(line: str) -> EvaluationRecord:
     for name, value in values.items():
         if not _fits(value, fields[name]):
             raise ValueError(f"{name}: wanted {fields[name]}, got {value!r}")
-    return kind(**values)
+    record = kind(**values)
+    record.check()
+    return record
 
 
 def _fits(value: Any, annotation: str) -> bool:
@@ -247,8 +280,11 @@ def _fits(value: Any, annotation: str) -> bool:
         return annotation == "bool" and isinstance(value, bool)
     if annotation.endswith(" | None"):
         return value is None or _fits(value, annotation.removesuffix(" | None"))
-    kinds: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}
-    return isinstance(value, kinds[annotation])
+    if annotation == "int":
+        return isinstance(value, int) and 0 <= value < LARGEST
+    if annotation == "float":
+        return isinstance(value, (int, float)) and abs(value) < LARGEST  # also not NaN
+    return isinstance(value, str)
 
 
 def read_records(path: Path | str, kind: type[RecordT]) -> list[RecordT]:
@@ -262,8 +298,8 @@ def read_records(path: Path | str, kind: type[RecordT]) -> list[RecordT]:
         DRTError: the file cannot be read, or a line is not such a record; names the file and the line.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_regular(path).decode()
+    except UnicodeDecodeError as error:
         raise DRTError(f"{path}: cannot be read as records: {error}") from error
     records = []
     for number, line in enumerate(text.split("\n")[:-1], start=1):

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from drt.eval.results import NeedleRecord, Summary, summarise
-from drt.plotting.style import legend_below, length_axis, line_style, tidy
+from drt.plotting.style import legend_below, length_axis, line_style, show_name, tidy
 
 PANELS: tuple[tuple[str, Callable[[Summary], float]], ...] = (
     ("reading, tokens/s", lambda row: row.tokens_per_second),
@@ -29,7 +29,7 @@ def plot_cost(models: Mapping[str, Sequence[NeedleRecord]]) -> Figure:
         models: name -> its needle records.
 
     Returns:
-        A figure of its own, with no global state; save it with `figure.savefig(path)`.
+        A figure of its own, with no global state; `style.save_figure` writes it.
 
     Raises:
         ValueError: no records.
@@ -55,7 +55,7 @@ def _draw(axes: Axes, rows: Mapping[str, list[Summary]], value: Callable[[Summar
     for number, (name, summaries) in enumerate(rows.items()):
         lengths = [row.length for row in summaries]
         values = [value(row) for row in summaries]
-        axes.plot(lengths, values, label=name, markersize=4, linewidth=1.4, **line_style(number))
+        axes.plot(lengths, values, label=show_name(name), markersize=4, linewidth=1.4, **line_style(number))
     length_axis(axes, [row.length for summaries in rows.values() for row in summaries])
     axes.set_xlabel("tokens of text", fontsize=10)
     axes.set_yscale("log")

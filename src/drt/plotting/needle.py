@@ -14,6 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
 from drt.eval.results import NeedleRecord, format_length
+from drt.plotting.style import show_name
 
 MAX_DEPTH_BINS = 10
 COLOURS = matplotlib.colormaps["cividis"]  # even in lightness, and the same to colour-blind eyes
@@ -31,7 +32,7 @@ def plot_needles(records: Sequence[NeedleRecord]) -> Figure:
         records: needle records, at least one.
 
     Returns:
-        A figure of its own, with no global state; save it with `figure.savefig(path)`.
+        A figure of its own, with no global state; `style.save_figure` writes it.
 
     Raises:
         ValueError: no records.
@@ -50,9 +51,12 @@ def plot_needles(records: Sequence[NeedleRecord]) -> Figure:
         for axes, task in zip(axes_row, tasks, strict=True):
             chosen = [record for record in records if (record.checkpoint, record.task) == (checkpoint, task)]
             _draw_panel(axes, chosen, lengths, bins)
-            axes.set_title(task if len(checkpoints) == 1 else f"{checkpoint}: {task}", fontsize=11)
+            shown = show_name(task)
+            axes.set_title(
+                shown if len(checkpoints) == 1 else f"{show_name(checkpoint)}: {shown}", fontsize=11
+            )
     if len(checkpoints) == 1:
-        figure.suptitle(f"Needles found by {checkpoints[0]}", fontsize=12)
+        figure.suptitle(f"Needles found by {show_name(checkpoints[0])}", fontsize=12)
     figure.supylabel("depth of the needle", fontsize=10)
     figure.supxlabel("tokens of text, and answers right of all asked", fontsize=10)
     colours = ScalarMappable(Normalize(0, 100), COLOURS)

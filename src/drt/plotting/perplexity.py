@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from drt.eval.perplexity import Score, score_by_position
 from drt.eval.results import PerplexityRecord
-from drt.plotting.style import legend_below, length_axis, line_style, tidy
+from drt.plotting.style import legend_below, length_axis, line_style, show_name, tidy
 
 WIDTH, HEIGHT = 10.0, 4.4
 Curve = dict[tuple[int, int | None], Score]
@@ -28,7 +28,7 @@ def plot_loss_by_position(
         reference: name of the model that the others are compared with. None: the first.
 
     Returns:
-        A figure of its own, with no global state; save it with `figure.savefig(path)`.
+        A figure of its own, with no global state; `style.save_figure` writes it.
 
     Raises:
         ValueError: no records, or a reference that is none of the models.
@@ -47,7 +47,7 @@ def plot_loss_by_position(
     grid[0].set_ylabel("bits per byte", fontsize=10)
     if panels == 2:
         _draw(grid[1], curves, curves[reference])
-        grid[1].set_ylabel(f"bits per byte, minus those of {reference}", fontsize=10)
+        grid[1].set_ylabel(f"bits per byte, minus those of {show_name(reference)}", fontsize=10)
     legend_below(figure, grid[0], width)
     return figure
 
@@ -62,7 +62,7 @@ def _draw(axes: Axes, curves: Mapping[str, Curve], baseline: Curve) -> None:
             score.bits_per_byte - (baseline[bucket].bits_per_byte if baseline else 0)
             for bucket, score in shared.items()
         ]
-        axes.plot(ends, values, label=name, markersize=4, linewidth=1.4, **line_style(number))
+        axes.plot(ends, values, label=show_name(name), markersize=4, linewidth=1.4, **line_style(number))
         drawn += ends
     length_axis(axes, drawn)
     axes.set_xlabel("position in the document, up to", fontsize=10)

@@ -10,12 +10,12 @@ from itertools import groupby
 
 from drt.eval.results import RetrievalRecord
 from drt.eval.retrieval import Answer
+from drt.terminal import visible
 
 HUES = 4  # colours of groups in retrieval.css; a fifth group has the first one's
 SHOWN_MATCH = 5  # characters that a passage must share with the answer to be marked
 WIDTH = 1000  # of a map, in its own units
 LEAST_MARK = 3  # so that a passage of a book is still seen
-_VISIBLE_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
 
 def retrieval_page(answers: Sequence[Answer], about: Mapping[str, str]) -> str:
@@ -168,4 +168,4 @@ def _excerpt(record: RetrievalRecord, answer: str) -> str:
 
 def _text(text: str) -> str:
     """Text that is shown as it is: markup escaped, control characters made visible, lone surrogates replaced."""
-    return escape(text.encode(errors="replace").decode().translate(_VISIBLE_CONTROLS))
+    return escape(visible(text))

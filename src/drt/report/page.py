@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,18 +27,21 @@ from drt.files import atomic_write
 from drt.plotting.cost import plot_cost
 from drt.plotting.needle import plot_needles
 from drt.plotting.perplexity import plot_loss_by_position
+from drt.plotting.style import save_figure
 from drt.report import paper
 from drt.report.models import group_seeds
 from drt.report.tables import (
     Table,
     answer_table,
     best_model,
+    best_number,
     difference_table,
     needle_table,
     perplexity_table,
     seeds_table,
     training_table,
 )
+from drt.terminal import visible
 
 TITLE = "Evaluation"
 MARKDOWN, HTML = "report.md", "report.html"
@@ -51,6 +56,9 @@ section > div { overflow-x: auto; }
 img { max-width: 100%; }
 p { max-width: 50rem; color: #444; }
 """
+_LONGEST_SLUG = 80  # characters of a data set's name in the name of a file
+# What Markdown would read as more than text; an underscore within a word is none.
+_MARKUP = re.compile(r"[\\`*\[\]<|~&$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 RecordT = TypeVar("RecordT", bound=EvaluationRecord)
 
 
@@ -86,9 +94,10 @@ def build_page(
         raise DRTError("wanted at least one record to report, got none")
     blocks: list[Block] = []
     documents = _of_kind(records, PerplexityRecord)
+    taken: set[str] = set()
     for data in dict.fromkeys(record.data for record in documents):
         chosen = [record for record in documents if record.data == data]
-        blocks += _language_modelling(data, chosen, reference, positions)
+        blocks += _language_modelling(data, chosen, reference, positions, _picture_name(data, taken))
     if documents:
         blocks.append(paper.LANGUAGE_MODELLING)
     if trainings := _of_kind(records, TrainingRecord):
@@ -134,13 +143,14 @@ def to_markdown(blocks: Sequence[Block]) -> str:
     parts = [f"# {TITLE}"]
     for block in blocks:
         if isinstance(block, Picture):
-            parts.append(f"![{block.caption}]({block.name})\n\n{block.caption}")
+            caption = _markdown(block.caption)
+            parts.append(f"![{caption}]({block.name})\n\n{caption}")
             continue
-        parts.append(f"## {block.title}")
+        parts.append(f"## {_markdown(block.title)}")
         lines = [block.columns, ("---", *["---:"] * (len(block.columns) - 1)), *block.rows]
         parts.append("\n".join(map(_markdown_row, lines)))
         if block.note:
-            parts.append(block.note)
+            parts.append(_markdown(block.note))
     return "\n\n".join(parts) + "\n"
 
 
@@ -150,14 +160,15 @@ def to_html(blocks: Sequence[Block], pictures: dict[str, bytes]) -> str:
     for block in blocks:
         if isinstance(block, Picture):
             data = base64.b64encode(pictures[block.name]).decode()
-            image = f'<img alt="{escape(block.caption)}" src="data:image/png;base64,{data}">'
-            parts.append(f"<figure>{image}<figcaption><p>{escape(block.caption)}</p></figcaption></figure>")
+            caption = _html(block.caption)
+            image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+            parts.append(f"<figure>{image}<figcaption><p>{caption}</p></figcaption></figure>")
             continue
-        head = "".join(f"<th>{escape(cell)}</th>" for cell in block.columns)
+        head = "".join(f"<th>{_html(cell)}</th>" for cell in block.columns)
         body = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in block.rows)
         table = f"<div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        note = f"<p>{escape(block.note)}</p>" if block.note else ""
-        parts.append(f"<section><h2>{escape(block.title)}</h2>{table}{note}</section>")
+        note = f"<p>{_html(block.note)}</p>" if block.note else ""
+        parts.append(f"<section><h2>{_html(block.title)}</h2>{table}{note}</section>")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{TITLE}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{TITLE}</h1>{''.join(parts)}</body></html>\n"
@@ -165,17 +176,39 @@ def to_html(blocks: Sequence[Block], pictures: dict[str, bytes]) -> str:
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    return f"| {' | '.join(cell if best_number(cell) else _markdown(cell) for cell in cells)} |"
+
+
+def _markdown(text: str) -> str:
+    """Text that Markdown shows as it is: no link, no picture, no HTML, one line."""
+    return _MARKUP.sub(r"\\\g<0>", visible(text, line=True))
+
+
+def _html(text: str) -> str:
+    return escape(visible(text, line=True))
 
 
 def _html_cell(cell: str) -> str:
-    bold = cell.startswith("**")
-    text = escape(cell.strip("*") if bold else cell)
-    return f"<td>{f'<strong>{text}</strong>' if bold else text}</td>"
+    best = best_number(cell)
+    return f"<td>{_html(cell) if best is None else f'<strong>{best}</strong>'}</td>"
+
+
+def _picture_name(data: str, taken: set[str]) -> str:
+    """The name of a data set's picture, which no other has; adds it to those that are taken."""
+    slug = re.sub(r"[^A-Za-z0-9]", "-", data).strip("-")[:_LONGEST_SLUG]
+    numbers = ("" if number == 1 else str(number) for number in count(1))
+    names = ("-".join(filter(None, ("loss-by-position", slug, number))) for number in numbers)
+    name = next(name for name in names if name.lower() not in taken)  # some file systems know no capitals
+    taken.add(name.lower())
+    return f"{name}.png"
 
 
 def _language_modelling(
-    data: str, records: Sequence[PerplexityRecord], reference: str | None, positions: Sequence[int]
+    data: str,
+    records: Sequence[PerplexityRecord],
+    reference: str | None,
+    positions: Sequence[int],
+    picture: str,
 ) -> list[Block]:
     models = group_seeds(records)
     if reference is not None and reference not in models:
@@ -186,10 +219,9 @@ def _language_modelling(
         blocks.append(difference_table(data, models, reference))
     if (seeds := seeds_table(data, models)).rows:
         blocks.append(seeds)
-    name = "".join(letter if letter.isalnum() else "-" for letter in data).strip("-")
     caption = f"Bits per byte by position in the document: {data}"
     figure = plot_loss_by_position(models, reference)
-    return [*blocks, Picture(f"loss-by-position-{name}.png", caption, figure)]
+    return [*blocks, Picture(picture, caption, figure)]
 
 
 def _needles(records: Sequence[NeedleRecord]) -> list[Block]:
@@ -214,5 +246,5 @@ def _of_kind(records: Sequence[EvaluationRecord], kind: type[RecordT]) -> list[R
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    save_figure(figure, buffer, "png")
     return buffer.getvalue()

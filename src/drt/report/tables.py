@@ -170,10 +170,10 @@ def answer_table(task: str, models: Models[AnswerRecord]) -> Table:
     rows = []
     for name, records in models.items():
         for label, chosen in _by_length(task, records):
-            means = (
-                f"{100 * sum(record.scores[measure] for record in chosen) / len(chosen):.2f}"
-                for measure in measures
+            scores = (
+                [record.scores[name] for record in chosen if name in record.scores] for name in measures
             )
+            means = (f"{100 * sum(found) / len(found):.2f}" if found else ABSENT for found in scores)
             rows.append((name, label, str(len(chosen)), *means))
     return Table(task, ("model", "length", "questions", *(f"{name}, %" for name in measures)), tuple(rows))
 
