@@ -12,6 +12,7 @@ from hatchling.builders.sdist import SdistBuilder
 from packaging.requirements import Requirement
 
 import drt
+from drt.models.loading import shipped_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,6 +37,7 @@ def test_types_ship() -> None:
 
 def test_every_folder_of_code_is_a_package() -> None:
     folders = {path.parent for path in Path(drt.__file__).parent.rglob("*.py")}
+    folders.remove(shipped_checkpoint())  # a saved folder: its module imports the package
     # The layer contract sees nothing else.
     assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
 

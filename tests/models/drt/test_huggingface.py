@@ -76,6 +76,7 @@ def test_what_a_folder_holds(make_model, tmp_path):
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "modeling_drt_lm.py",
     ]
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "drt"
     stored = load_file(tmp_path / "model.safetensors")

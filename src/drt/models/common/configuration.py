@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+
+from drt.models.common.packaged import PackagedConfig
 
 # Far beyond any model there is; a larger number is a mistake or a trap, and takes hours or gigabytes to find out.
 MOST_LAYERS = 1024
@@ -28,8 +29,13 @@ _MACHINERY = (
 
 
 @strict
-class ModelConfig(PreTrainedConfig):
-    """Fields of every model; see `DecoderConfig` and `DRTConfig` for what they mean."""
+class ModelConfig(PackagedConfig):
+    """Fields of every model; see `DecoderConfig` and `DRTConfig` for what they mean.
+
+    Args:
+        max_position_embeddings: tokens of a text that tools such as lm-eval give the model; they cut longer ones. The
+            model has no limit of its own.
+    """
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     ranges: ClassVar[dict[str, tuple[float, float]]] = {
@@ -42,6 +48,7 @@ class ModelConfig(PreTrainedConfig):
         "rope_theta": (1e-3, 1e30),
         "rms_norm_eps": (0, 1),
         "initializer_range": (0, 1000),
+        "max_position_embeddings": (1, 2**36),
     }  # least and most useful values of the sizes
 
     vocab_size: int = 259
@@ -54,6 +61,7 @@ class ModelConfig(PreTrainedConfig):
     rope_theta: float | int = 10000.0
     rms_norm_eps: float | int = 1e-5
     initializer_range: float | int = 0.02
+    max_position_embeddings: int = 2**20
     use_cache: bool = True
     tie_word_embeddings: bool = True
     pad_token_id: int | None = 0
@@ -162,6 +170,7 @@ class DecoderConfig(ModelConfig):
         rope_theta: base of the rotary angles.
         rms_norm_eps: epsilon of the norms.
         initializer_range: standard deviation of the initial weights.
+        Others as in `ModelConfig`.
 
     Raises:
         ValueError: for sizes that do not fit each other or are beyond any sense, and for what these models do not

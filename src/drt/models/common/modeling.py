@@ -17,6 +17,7 @@ from drt.models.common.configuration import DecoderConfig
 from drt.models.common.generation import OwnCacheGenerationMixin
 from drt.models.common.inputs import check_arguments, check_cache, check_inputs, check_labels
 from drt.models.common.loss import causal_loss, needs_no_logits
+from drt.models.common.packaged import PackagedCode
 from drt.models.common.rows import NewTokens, PackedRows, pack_rows
 from drt.ops.window_attention import alibi_slopes
 
@@ -30,7 +31,7 @@ class Pass(NamedTuple):
     cache: DecoderCache | None
 
 
-class DecoderPreTrainedModel(PreTrainedModel):
+class DecoderPreTrainedModel(PackagedCode, PreTrainedModel):
     """Base of the baselines' models. A subclass names its configuration and its layers, and makes its cache."""
 
     config: DecoderConfig

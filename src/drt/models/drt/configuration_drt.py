@@ -57,6 +57,7 @@ class DRTConfig(ModelConfig):
         rms_norm_eps: epsilon of the decoder's norms.
         encoder_rms_norm_eps: epsilon of the norms inside the chunk encoder.
         initializer_range: standard deviation of the initial weights.
+        Others as in `ModelConfig`.
 
     Raises:
         ValueError: for sizes that do not fit each other or are beyond any sense, and for what the model does not

@@ -20,6 +20,7 @@ from drt.layers.rms_norm import RMSNorm
 from drt.layers.window_attention import WindowAttention, WindowState
 from drt.models.common.generation import OwnCacheGenerationMixin
 from drt.models.common.loss import causal_loss, needs_no_logits
+from drt.models.common.packaged import PackagedCode
 from drt.models.common.rows import NewTokens, PackedRows, pack_rows
 from drt.models.drt.cache_drt import DRTCache
 from drt.models.drt.chunk_layout import ChunkLayout, build_chunk_layout, kept_columns, upper_reach
@@ -42,7 +43,7 @@ class _Run(NamedTuple):
     inputs: list[Tensor]
 
 
-class DRTPreTrainedModel(PreTrainedModel):
+class DRTPreTrainedModel(PackagedCode, PreTrainedModel):
     """What `DRTModel` and `DRTForCausalLM` share with the library's machinery."""
 
     config: DRTConfig
