@@ -16,7 +16,7 @@ import torch
 from archives import CHUNKS, DESCRIPTION, SIZE, offer, text, tree, write
 
 from drt.errors import DRTError
-from drt.memory import Archive, ArchiveWriter, archive_folder, archive_writer, verify_archive
+from drt.memory import Archive, ArchiveWriter, archive_folder, archive_verify, archive_writer, verify_archive
 from drt.memory.manifest import DATA_FILES
 
 NAMES = ("manifest.json", "segments.jsonl", "lock", "state-00000002.safetensors", *DATA_FILES)
@@ -318,3 +318,44 @@ def test_rollback_of_a_first_build_leaves_room_for_another(tmp_path: Path) -> No
         assert (writer.num_chunks, writer.documents, writer.state()) == (0, [], {})
     with ArchiveWriter.create(path, DESCRIPTION) as writer:
         write_segment(writer, 0)
+
+
+def test_verify_beside_a_writer_tells_of_damage_alone(path: Path) -> None:
+    with ArchiveWriter.open(path) as writer:
+        write_segment(writer, 2)
+        assert verify_archive(path) == []
+        (path / "text.bin").write_bytes(b"?" + (path / "text.bin").read_bytes()[1:])
+        assert verify_archive(path) == [f"{path / 'text.bin'} is damaged: segment 0 is not what was written"]
+    assert any("is not finished" in problem for problem in verify_archive(path))
+
+
+def test_verify_beside_a_first_build(tmp_path: Path) -> None:
+    with ArchiveWriter.create(tmp_path / "archive", DESCRIPTION) as writer:
+        write_segment(writer, 0)
+        assert [problem.split(": ")[1] for problem in verify_archive(writer.path)] == [
+            "another process is building it"
+        ]
+
+
+@pytest.mark.parametrize("name", ["read_state", "read_journal", "_damaged"])
+@pytest.mark.parametrize("change", ["commit", "roll back and commit"])
+def test_verify_sees_a_writer_at_work(
+    path: Path, monkeypatch: pytest.MonkeyPatch, name: str, change: str
+) -> None:
+    """What it was to read next is replaced, or gone."""
+    with ArchiveWriter.open(path) as writer:
+        write_segment(writer, 2)
+    call = getattr(archive_verify, name)
+
+    def change_first(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(archive_verify, name, call)
+        rolls_back = change != "commit"
+        with ArchiveWriter.rollback(path) if rolls_back else ArchiveWriter.open(path) as writer:
+            if rolls_back:
+                writer.begin_document("another")
+            writer.store().append(*offer(5))
+            writer.commit({"at": torch.tensor([5])}, finished=True)
+        return call(*arguments, **options)
+
+    monkeypatch.setattr(archive_verify, name, change_first)
+    assert verify_archive(path) == []

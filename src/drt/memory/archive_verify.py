@@ -6,45 +6,73 @@ from collections.abc import Callable
 from pathlib import Path
 
 from drt.errors import DRTError
+from drt.files import is_locked
 from drt.memory.approximate_index import INDEX_FILE, check_whole, indexed_point
 from drt.memory.archive import JOURNAL, MANIFEST, check_index, read_journal, read_state
 from drt.memory.archive_files import ArchiveFiles
+from drt.memory.archive_folder import LOCK
 from drt.memory.manifest import DATA_FILES, Manifest
+
+_ATTEMPTS = 3
 
 
 def verify_archive(path: Path | str, on_progress: Callable[[int], None] | None = None) -> list[str]:
     """Read everything in an archive and say what is wrong with it.
+
+    Beside a process that writes to it, what was committed when the reading began is read.
 
     Args:
         path: folder of the archive.
         on_progress: called with the number of bytes just read of the data files.
 
     Returns:
-        A line a problem, with the file's name; none: it is whole, and its last build or append is finished.
+        A line a problem, with the file's name; none: it is whole, and its last build or append is finished or at work.
     """
     folder = Path(path)
     try:
-        manifest = Manifest.load(folder / MANIFEST)
+        for _ in range(_ATTEMPTS):
+            manifest = Manifest.load(folder / MANIFEST)
+            problems = _problems(folder, manifest, on_progress)
+            if not problems or Manifest.load(folder / MANIFEST) == manifest:
+                break  # else what was missing may have been replaced or dropped by a writer meanwhile
+        return problems + _unfinished(folder)
+    except DRTError as error:
+        return [str(error)]
+
+
+def _problems(folder: Path, manifest: Manifest, on_progress: Callable[[int], None] | None) -> list[str]:
+    """What is wrong with anything that a manifest names; the states first, which a writer replaces."""
+    problems = _states(folder, manifest)
+    try:
         segments = read_journal(folder / JOURNAL, manifest.head, verify=True)
         files = ArchiveFiles(folder, manifest.description, writable=False, verify=True)
     except DRTError as error:
-        return [str(error)]
+        return [*problems, str(error)]
     for segment in segments:
         files.add(segment)
     try:
-        problems = files.too_short(manifest.head.chunks, manifest.head.text_bytes)
+        problems += files.too_short(manifest.head.chunks, manifest.head.text_bytes)
         for number in range(len(segments)):
             problems += _damaged(files, number, on_progress)
     finally:
         files.close()
-    problems += _states(folder, manifest)
-    problems += _index(folder, manifest.description.landmark_size, on_progress)
-    if manifest.finished != manifest.head:
-        problems.append(
+    return problems + _index(folder, manifest.description.landmark_size, on_progress)
+
+
+def _unfinished(folder: Path) -> list[str]:
+    """Whether a build or append has stopped before its end."""
+    is_written = is_locked(folder / LOCK)  # before the manifest is read: its last commit is then seen
+    manifest = Manifest.load(folder / MANIFEST)
+    if manifest.head == manifest.finished:
+        return []
+    if not is_written:
+        return [
             f"{folder} is not finished: {manifest.head.tokens:,} tokens are committed; run the same command again and "
             f"it goes on from there, or drop them: drt memory rollback {folder}"
-        )
-    return problems
+        ]
+    if manifest.finished is None:
+        return [f"{folder} is not finished: another process is building it"]
+    return []
 
 
 def _damaged(files: ArchiveFiles, number: int, on_progress: Callable[[int], None] | None) -> list[str]:

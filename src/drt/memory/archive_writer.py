@@ -305,10 +305,16 @@ class ArchiveWriter(Archive):
             raise ValueError(f"wanted chunks from number {first} on, got {slot.tolist()}")
         if not self._parts or self._parts[-1].ends:
             raise ValueError("begin a document before its chunks are appended")
+        records, vectors = pack(fields), pack((landmarks.to(self._files.landmark_dtype),))
+        for file, offered in zip(self._files.files, (records, vectors), strict=False):
+            if offered.shape[1] != file.record_bytes:
+                raise ValueError(
+                    f"{file.name}: expected {file.record_bytes} bytes a chunk, as the archive's description says, got "
+                    f"{offered.shape[1]}"
+                )
         with self._changing():
-            records = pack(fields)
             self._write(CHUNKS, first, records.numpy().tobytes())
-            self._write(LANDMARKS, first, pack((landmarks.to(self._files.landmark_dtype),)).numpy().tobytes())
+            self._write(LANDMARKS, first, vectors.numpy().tobytes())
             self._record_crc32 += [zlib.crc32(record) for record in records.numpy()]
             self._grow(chunks=len(slot), tokens=int(fields[-1].sum()))
 

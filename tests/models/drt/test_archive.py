@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import hashlib
 import itertools
@@ -369,6 +370,31 @@ def test_a_conversation_is_appended_to_its_archive(
         assert archive.documents[-1].num_chunks == 38 // 7
         assert archive.source(archive.num_chunks - 1).text == b""
     assert torch.equal(logits(model, DRTCache.open(path, model)), logits(model, expected))
+
+
+def test_a_save_that_failed_or_was_killed_can_be_repeated(
+    model: DRTForCausalLM, tokenizer: ByT5Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, path = read(model, TEXT), tmp_path / "some" / "a"
+    description = describe_archive(model, tokenizer, model_name="small", dtype="float32")
+    for function in ("pwrite", "fdatasync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                os, function, lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left"))
+            )
+            with pytest.raises(DRTError, match="No space left"):
+                cache.save(path, description)
+        assert list(tmp_path.iterdir()) == []
+    for wrong in ({"chunk_size": 8}, {"landmark_size": 31}, {"num_heads": 1}):
+        with pytest.raises(ValueError, match="as the archive's description says"):
+            cache.save(path, dataclasses.replace(description, **wrong))
+        assert list(tmp_path.iterdir()) == []
+    writer = ArchiveWriter.create(path, dataclasses.replace(description, dtype="int8"))
+    writer.begin_document("killed")
+    writer.close()
+    cache.save(path, description)
+    assert verify_archive(path) == []
+    assert torch.equal(logits(model, DRTCache.open(path, model)), logits(model, cache))
 
 
 def test_what_cannot_be_saved(model: DRTForCausalLM, tmp_path: Path) -> None:
