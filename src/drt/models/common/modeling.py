@@ -152,6 +152,7 @@ class DecoderGenerationMixin(OwnCacheGenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        ended_rows: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Token ids to logits (B, L, V) and a loss.
@@ -177,6 +178,7 @@ class DecoderGenerationMixin(OwnCacheGenerationMixin):
             output_hidden_states: also return (B, L, H) each: the embeddings, what every layer gives at the tokens, and
                 at last what the head reads. Default: ``config.output_hidden_states``.
             output_attentions: refused: attention weights are made in blocks and never held.
+            ended_rows: (B,) bool, from `generate`: rows whose new token is padding.
             kwargs: what else the library hands to models; what says something that is not heeded is refused.
 
         Raises:
@@ -186,6 +188,8 @@ class DecoderGenerationMixin(OwnCacheGenerationMixin):
         check_labels(labels, input_ids if input_ids is not None else inputs_embeds)
         if use_cache is None and labels is not None and past_key_values is None:
             use_cache = False
+        if ended_rows is not None:
+            attention_mask = ~ended_rows.unsqueeze(1)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import logging
-from transformers.utils.generic import ModelOutput, can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from drt.layers.chunk_encoder import ChunkEncoder
 from drt.layers.fixed_retrievers import FIXED_RETRIEVERS, FixedRetriever
@@ -18,13 +19,13 @@ from drt.layers.grouped_cross_attention import RetrievedMemory
 from drt.layers.retriever import Retriever
 from drt.layers.rms_norm import RMSNorm
 from drt.layers.window_attention import WindowAttention, WindowState
-from drt.models.common.generation import OwnCacheGenerationMixin
 from drt.models.common.loss import causal_loss, needs_no_logits
 from drt.models.common.packaged import PackagedCode
 from drt.models.common.rows import NewTokens, PackedRows, pack_rows
 from drt.models.drt.cache_drt import DRTCache
 from drt.models.drt.chunk_layout import ChunkLayout, build_chunk_layout, kept_columns, upper_reach
 from drt.models.drt.configuration_drt import DRTConfig
+from drt.models.drt.generation_drt import DRTGenerationMixin
 from drt.models.drt.layers_drt import DRTLowerLayer, DRTUpperLayer
 from drt.models.drt.memory_drt import ChunkMemory, Retrieval
 from drt.models.drt.outputs_drt import DRTCausalLMOutput, DRTModelOutput
@@ -350,10 +351,8 @@ class DRTModel(DRTPreTrainedModel):
         return flat[layout.encoder_index]
 
 
-class DRTForCausalLM(OwnCacheGenerationMixin, DRTPreTrainedModel):
+class DRTForCausalLM(DRTGenerationMixin, DRTPreTrainedModel):
     """DRT with a language-modelling head."""
-
-    cache_class = DRTCache
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (no ClassVar in the base class)
 
@@ -379,6 +378,8 @@ class DRTForCausalLM(OwnCacheGenerationMixin, DRTPreTrainedModel):
         output_retrieval: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        ended_rows: Tensor | None = None,
+        last_chunk_ends: Tensor | None = None,
         **kwargs: Any,
     ) -> DRTCausalLMOutput:
         """As `DRTModel.forward`, with logits (B, L, V) and a loss.
@@ -390,11 +391,20 @@ class DRTForCausalLM(OwnCacheGenerationMixin, DRTPreTrainedModel):
             use_cache: as there, but with ``labels`` and no ``past_key_values`` the default is False.
             logits_to_keep: logits of the last n positions only (0: all), or of the positions in a tensor. With n >= 1
                 and a cache, a long text is read at little more than the lower decoder's cost (see `DRTModel.forward`).
+            ended_rows: (B,) bool, from `generate`: rows whose new token is padding.
+            last_chunk_ends: (B, n) bool, from `generate`: ``chunk_ends`` of the last n tokens. An adapter may have put
+                tokens before them.
         """
         check_arguments(self.config, output_attentions, position_ids, kwargs)
         check_labels(labels, input_ids if input_ids is not None else inputs_embeds)
         if use_cache is None and labels is not None and past_key_values is None:
             use_cache = False
+        if ended_rows is not None:
+            attention_mask = ~ended_rows.unsqueeze(1)
+        if last_chunk_ends is not None:
+            source = input_ids if input_ids is not None else inputs_embeds
+            assert source is not None  # by `generate`
+            chunk_ends = pad(last_chunk_ends, (source.shape[1] - last_chunk_ends.shape[1], 0))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -426,76 +436,6 @@ class DRTForCausalLM(OwnCacheGenerationMixin, DRTPreTrainedModel):
             chunk_indices=outputs.chunk_indices,
             chunk_weights=outputs.chunk_weights,
         )
-
-    def make_cache(self) -> DRTCache:
-        return DRTCache(self.config)
-
-    def generation_defaults(self) -> dict[str, Any]:
-        return super().generation_defaults() | {"close_prompt": self.config.close_prompt}
-
-    def _prefill(
-        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any
-    ) -> Any:
-        """Remember where the prompt ends: its last chunk closes there, unless it only goes on with an answer."""
-        cache = model_kwargs.get("past_key_values")
-        past = 0 if cache is None else cache.get_seq_length()
-        mask = model_kwargs.get("attention_mask")
-        seen = generation_config._mask_length if mask is None else mask.shape[1]
-        whole = input_ids.shape[1] if seen == input_ids.shape[1] else past + input_ids.shape[1]
-        if whole <= past:
-            raise ValueError(
-                f"the prompt must go on after the {past} tokens that past_key_values holds, got {whole} tokens in all"
-            )
-        close_prompt = model_kwargs.pop("close_prompt", None)
-        if close_prompt is None:
-            close_prompt = getattr(generation_config, "close_prompt", None)
-        if close_prompt is None:  # a checkpoint whose generation_config.json does not say
-            close_prompt = self.config.close_prompt
-        goes_on = cache is not None and cache.answered_tokens == past and whole == past + 1
-        if close_prompt and not goes_on:
-            model_kwargs["prompt_length"] = whole
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        *args: Any,
-        close_prompt: bool | None = None,
-        prompt_length: int | None = None,
-        chunk_ends: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Slice the inputs, and close the open chunk at the end of the prompt (and where ``chunk_ends`` says).
-
-        Args:
-            input_ids: (B, L), all of the text.
-            close_prompt: an argument of `generate`: close the open chunk at the end of the prompt. Default: what
-                ``generation_config`` says, else ``config.close_prompt``. A call on the cache of the last call that
-                brings nothing but the last generated token goes on with the answer, and closes nothing.
-            prompt_length: columns of the prompt that closes its chunk.
-            chunk_ends: (B, L) bool, an argument of `generate`: further ends of chunks in the prompt.
-        """
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc,arg-type]
-        tokens = inputs["input_ids"]
-        cache = inputs.get("past_key_values")
-        start = 0 if cache is None else cache.get_seq_length()
-        ends = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        if chunk_ends is not None:
-            given = chunk_ends[:, start : start + tokens.shape[1]]
-            ends[:, : given.shape[1]] = given
-        if prompt_length is not None and start < prompt_length <= start + tokens.shape[1]:
-            ends[:, prompt_length - 1 - start] = True
-        inputs["chunk_ends"] = ends if bool(ends.any()) else None
-        return inputs
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Note in the cache that what follows is an answer."""
-        cache = outputs.get("past_key_values")
-        if cache is not None:
-            cache.answered_tokens = cache.seen_tokens
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
 
 def _retriever(config: DRTConfig) -> Retriever | FixedRetriever:
