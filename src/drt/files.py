@@ -47,9 +47,11 @@ def open_regular(
         if error.errno in (errno.ENXIO, errno.EISDIR):
             raise DRTError(f"{path}: expected a regular file, got {_describe_target(path)}") from error
         raise DRTError(f"{path}: cannot be opened: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise DRTError(f"{path}: expected a regular file, got {_describe_target(path)}")
+        through = "a link to " if follow and os.path.islink(path) else ""
+        raise DRTError(f"{path}: expected a regular file, got {through}{_kind(mode)}")
     # Only now: truncating a device or the target of a link would be too late to refuse.
     if flags & os.O_TRUNC:
         os.ftruncate(descriptor, 0)
@@ -296,9 +298,10 @@ def read_json(path: Path | str, max_bytes: int = 2**26, *, follow: bool = False)
         DRTError: not a regular file, larger than ``max_bytes``, not UTF-8, not JSON, or nested too deeply.
     """
     with os.fdopen(open_regular(path, follow=follow), "rb") as file:
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise DRTError(f"{path}: expected at most {max_bytes:,} bytes of JSON, got more")
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise DRTError(f"{path}: expected at most {max_bytes:,} bytes of JSON, got {size:,}")
+        content = file.read(size)
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -309,9 +312,12 @@ def read_json(path: Path | str, max_bytes: int = 2**26, *, follow: bool = False)
 def describe_kind(path: Path | str) -> str:
     """What lies at a path, in words, without following a link."""
     try:
-        found = os.lstat(path).st_mode
+        return _kind(os.lstat(path).st_mode)
     except OSError:
         return "nothing"
+
+
+def _kind(mode: int) -> str:
     kinds = (
         (stat.S_ISLNK, "a symbolic link"),
         (stat.S_ISDIR, "a folder"),
@@ -320,7 +326,7 @@ def describe_kind(path: Path | str) -> str:
         (stat.S_ISCHR, "a device"),
         (stat.S_ISBLK, "a device"),
     )
-    return next((name for is_kind, name in kinds if is_kind(found)), "a regular file")
+    return next((name for is_kind, name in kinds if is_kind(mode)), "a regular file")
 
 
 def _describe_target(path: Path | str) -> str:

@@ -109,10 +109,10 @@ def test_dtype(generate: Run) -> None:
     [
         ([], "wanted either a PROMPT or --file FILE"),
         (["text", "--file", "-"], "wanted either a PROMPT or --file FILE"),
-        ([""], "the prompt is empty; wanted at least one character"),
+        ([""], "the prompt is empty"),
         (["--file", "-"], "the prompt is empty"),
-        (["--file", "nothing.txt"], "nothing.txt: No such file or directory"),
-        (["--file", "."], ".: Is a directory"),
+        (["--file", "nothing.txt"], "nothing.txt: cannot be opened: No such file or directory"),
+        (["--file", "."], ".: expected a regular file, got a folder"),
         (["text", "--temperature", "0.5"], "--temperature: only with --sample"),
         (["text", "--top-p", "0.5", "--seed", "1"], "--top-p, --seed: only with --sample"),
         (["text", "--sample", "--temperature", "0"], "--temperature: wanted a number above 0, got 0.0"),
@@ -133,6 +133,7 @@ def test_text_that_is_not_utf8_is_refused(refused: Run, tmp_path: Path) -> None:
     path = tmp_path / "latin.txt"
     path.write_bytes("ab Bücher".encode("latin-1"))
     assert re.search(r"latin\.txt is not UTF-8 text: .* at byte 4", refused("--file", path))
+    assert "iconv -f WINDOWS-1252 -t UTF-8" in refused("--file", path)
     assert "- is not UTF-8 text" in refused("--file", "-", input=b"\xff\xfe")
     assert "the prompt is not UTF-8 text" in refused("ab\udcff")  # as Python hands on other bytes of argv
 

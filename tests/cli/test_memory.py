@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer
 
-from drt.cli import memory
+from drt.data import text_files
 from drt.memory import Archive, ArchiveWriter
 from drt.models.drt import DRTConfig, DRTForCausalLM, archive_drt
 
@@ -299,9 +301,9 @@ def test_verify_names_what_is_damaged(drt: Run, build: Run, book: Path, name: st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing.txt", "-o", "m"], "nothing.txt: No such file or directory"),
-        ([".", "-o", "m"], ".: Is a directory"),
-        (["empty.txt", "-o", "m"], "empty.txt is empty; wanted a text of at least one character"),
+        (["nothing.txt", "-o", "m"], "nothing.txt: cannot be opened: No such file or directory"),
+        (["none", "-o", "m"], "none: expected a folder with text files in it, got none"),
+        (["empty.txt", "-o", "m"], "empty.txt is empty"),
         (["a.txt", "a.txt", "-o", "m"], "a.txt is named twice"),
         (["a.txt", "full/../a.txt", "-o", "m"], "full/../a.txt is named twice"),
         (["a.txt", "-o", "m", "--dtype", "int4"], "--dtype: wanted bfloat16, float32, float16 or int8, got 'int4'"),
@@ -313,6 +315,8 @@ def test_verify_names_what_is_damaged(drt: Run, build: Run, book: Path, name: st
 )  # fmt: skip
 def test_mistakes_are_one_line(refuses: Run, checkpoint: Path, arguments: list[str], message: str) -> None:
     Path("empty.txt").touch()
+    Path("none").mkdir()
+    Path("none", "picture").write_bytes(b"\0")
     Path("a.txt").write_text("a text")
     Path("full").mkdir()
     Path("full", "notes").touch()
@@ -337,14 +341,30 @@ def test_a_folder_that_is_no_archive_is_refused(refuses: Run, book: Path, comman
 def test_text_that_is_not_utf8_is_refused(
     refuses: Run, monkeypatch: pytest.MonkeyPatch, text: bytes, problem: str
 ) -> None:
-    monkeypatch.setattr(memory, "BLOCK_BYTES", 7)  # é is cut
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 7)  # é is cut
     Path("latin.txt").write_bytes(text)
-    assert refuses("memory", "build", "latin.txt", "-o", "m") == f"latin.txt is not UTF-8 text: {problem}"
+    assert f"latin.txt is not UTF-8 text: {problem}" in refuses("memory", "build", "latin.txt", "-o", "m")
+
+
+def test_a_folder_and_packed_texts_are_read(drt: Run, build: Run) -> None:
+    """In the order of their names; where the archive was interrupted the texts are compared, not the files."""
+    texts = {"a.txt": b"first", "b.txt.gz": b"second", "below/c.txt.xz": b"third"}
+    for name, text in texts.items():
+        path = Path("books", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pack = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
+        path.write_bytes(pack(text))
+    Path("books", "picture.png").write_bytes(b"\x89PNG\0")
+    build("books", "-o", "m")
+    documents = facts(drt, "m")["documents"]
+    assert [one["name"].rpartition("books/")[2] for one in documents] == list(texts)
+    assert [one["num_bytes"] for one in documents] == [5, 6, 5]
+    assert Path("m", "text.bin").read_bytes() == b"firstsecondthird"
 
 
 def test_a_pipe_is_refused(refuses: Run) -> None:
     os.mkfifo("pipe")
-    assert "pipe is a pipe; wanted a file" in refuses("memory", "build", "pipe", "-o", "m")
+    assert "pipe: expected a regular file, got a pipe" in refuses("memory", "build", "pipe", "-o", "m")
 
 
 def test_a_second_writer_is_refused(

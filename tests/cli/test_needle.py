@@ -246,7 +246,7 @@ def test_options_that_typer_refuses(drt: Run, options: list[str]) -> None:
 def test_a_haystack_that_is_no_text_is_named(refused: Run, tmp_path: Path) -> None:
     path = tmp_path / "image.txt"
     path.write_bytes(b"\x89PNG\0")
-    assert f"{path}: wanted UTF-8 text" in refused("--haystack", path)
+    assert f"{path} is not UTF-8 text" in refused("--haystack", path)
 
 
 def test_outputs_are_checked_before_anything_is_read(

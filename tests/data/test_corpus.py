@@ -118,9 +118,10 @@ def test_folders_that_are_no_corpus_are_refused(make_corpus: MakeCorpus, tmp_pat
     path = folder / "manifest.json"
     values = json.loads(path.read_text())
     for broken, message in (
-        ("{", "cannot be read"),
-        ("[]", r"wanted a corpus of format 1, got \[\]"),
-        (json.dumps({**values, "format": 2}), "wanted a corpus of format 1, got 2"),
+        ("{", "expected a JSON file"),
+        ("[" * 10**6, "nested too deeply"),
+        ("[]", r"expected a corpus of format 1, got 'list'"),
+        (json.dumps({**values, "format": 2}), "expected a corpus of format 1, got 2"),
         (json.dumps({**values, "splits": 3}), "damaged"),
         (json.dumps({**values, "dtype": "int8"}), "wanted dtype uint16 or uint32, got 'int8'"),
     ):

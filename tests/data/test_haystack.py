@@ -55,30 +55,41 @@ def test_without_a_path_it_is_the_sample(paths: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"", "wanted a text, but the file is empty"),
-        ("a.xz", lzma.compress(b""), "wanted a text, but the file is empty"),
-        ("a.bin", b"text\0and more", "wanted UTF-8 text, but the file is binary"),
-        ("a.txt", "Bücher".encode("latin-1"), "wanted UTF-8 text, but the file is binary or in another"),
-        ("a.txt", TEXT.decode().encode("utf-16"), "wanted UTF-8 text"),
-        ("a.gz", gzip.compress(b"text\0", mtime=0), "wanted UTF-8 text, but the file is binary"),
-        ("a.xz", lzma.compress(TEXT)[:-5], r"wanted a whole \.xz file, but it is damaged"),
-        ("a.xz", TEXT, r"wanted a whole \.xz file, but it is damaged"),
-        ("a.xz", b"", r"wanted a whole \.xz file, but it is damaged"),
-        ("a.gz", gzip.compress(TEXT, mtime=0)[:-9], r"wanted a whole \.gz file, but it is damaged"),
+        ("a.txt", b"", " is empty"),
+        ("a.xz", lzma.compress(b""), " is empty"),
+        ("a.bin", b"text\0and more", " is not UTF-8 text: .*binary"),
+        (
+            "a.txt",
+            "Bücher".encode("latin-1"),
+            " is not UTF-8 text: .* at byte 1; .*Latin-1.*iconv -f WINDOWS-1252",
+        ),
+        ("a.txt", TEXT.decode().encode("utf-16"), " is not UTF-8 text: .*iconv -f UTF-16"),
+        ("a.txt", b"%PDF-1.7\n\xe2\xe3\xcf\xd3", " is not UTF-8 text: .*a PDF"),
+        ("a.txt", lzma.compress(TEXT), " is not UTF-8 text: .*xz"),
+        ("a.docx", b"PK\x03\x04\x14\0\x06\0", " is not UTF-8 text: .*ZIP.*pandoc"),
+        ("a.gz", gzip.compress(b"text\0", mtime=0), " is not UTF-8 text: .*binary"),
+        ("a.xz", lzma.compress(TEXT)[:-5], r": expected a whole \.xz file, but it is damaged"),
+        ("a.xz", TEXT, r": expected a whole \.xz file, but it is damaged"),
+        ("a.xz", b"", r": expected a whole \.xz file, but it is damaged"),
+        ("a.gz", gzip.compress(TEXT, mtime=0)[:-9], r": expected a whole \.gz file, but it is damaged"),
         (
             "a.gz",
             gzip.compress(TEXT, mtime=0)[:12] + b"\xff" * 30,
-            r"wanted a whole \.gz file, but it is damaged",
+            r": expected a whole \.gz file, but it is damaged",
         ),
-        ("a.gz", TEXT, "cannot be read: Not a gzipped file"),
-        ("a.gz", gzip.compress(TEXT, mtime=0)[:-8] + bytes(8), "cannot be read: CRC check failed"),
+        ("a.gz", TEXT, r": expected a whole \.gz file, .*Not a gzipped file"),
+        (
+            "a.gz",
+            gzip.compress(TEXT, mtime=0)[:-8] + bytes(8),
+            r": expected a whole \.gz file, .*CRC check failed",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, bytes) else None,
 )
 def test_a_file_that_is_no_text_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(DRTError, match=re.escape(f"{path}: ") + message):
+    with pytest.raises(DRTError, match=re.escape(str(path)) + message):
         load_haystack([path])
 
 
@@ -89,7 +100,7 @@ def test_a_path_to_nothing_says_how_to_get_a_text(tmp_path: Path) -> None:
 
 def test_a_folder_without_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
-    with pytest.raises(DRTError, match="wanted a folder with text files in it, got none"):
+    with pytest.raises(DRTError, match="expected a folder with text files in it, got none"):
         load_haystack([tmp_path])
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from drt.data import prepare
 from drt.data.corpus import SPLITS, open_corpus
+from drt.data.corpus_writer import ShardWriter
 from drt.data.haystack import Haystack
 from drt.data.prepare import PrepareConfig, prepare_corpus, split_of
 from drt.data.sources import Source
@@ -134,11 +140,11 @@ def test_preparing_goes_on_after_a_kill(
     encoded = []
     encode = prepare._Encoder.__call__
 
-    def count(self, document):
-        encoded.append(document.name)
+    def count(self, piece):
+        encoded.extend([piece] if piece is not None else [])
         if len(encoded) == killed_after:
             raise Killed
-        return encode(self, document)
+        return encode(self, piece)
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare._Encoder, "__call__", count)
@@ -151,7 +157,7 @@ def test_preparing_goes_on_after_a_kill(
             with pytest.raises(DRTError, match="unfinished corpus of other settings"):
                 prepare_corpus(replace(config, min_tokens=2), tmp_path / "killed")
         encoded.clear()
-        encoded += [""] * 100  # never 3, 20 or 45 again
+        encoded += [b""] * 100  # never 3, 20 or 45 again
         prepare_corpus(config, tmp_path / "killed", shard_tokens=6000)
     assert (len(encoded) - 100 < 60) == (killed_after > 10)  # what was finished was not done again
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
@@ -164,6 +170,146 @@ def test_a_finished_corpus_is_left_as_it_is(config: PrepareConfig, tmp_path: Pat
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "corpus").iterdir()}
     with pytest.raises(DRTError, match="holds a corpus of other settings"):
         prepare_corpus(replace(config, test_share=0.1), tmp_path / "corpus")
+
+
+@pytest.mark.parametrize("change", ["reordered", "begun anew", "other text", "shorter"])
+def test_sources_that_have_changed_are_noticed(
+    config: PrepareConfig, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    interrupt(config, tmp_path / "stopped", monkeypatch, after=40)
+    prepare_corpus(config, tmp_path / "finished")
+    lines = rows.read_text().splitlines(keepends=True)
+    changed = {
+        "reordered": [lines[1], lines[0], *lines[2:]],
+        "begun anew": ['{"id": "new", "text": "a new document"}\n', *lines],
+        "other text": [lines[0].replace('"text": "', '"text": "x'), *lines[1:]],
+        "shorter": lines[:10],
+    }
+    rows.write_text("".join(changed[change]))
+    for folder in ("stopped", "finished"):
+        with pytest.raises(DRTError, match=f"{folder} holds .* the sources have changed"):
+            prepare_corpus(config, tmp_path / folder)
+
+
+def test_a_source_that_has_grown_at_its_end(
+    config: PrepareConfig, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not read yet may still come; a finished corpus is of other text."""
+    interrupt(config, tmp_path / "stopped", monkeypatch, after=40)
+    prepare_corpus(config, tmp_path / "finished")
+    rows.write_text(rows.read_text() + '{"id": "new", "text": "a new document"}\n')
+    prepare_corpus(config, tmp_path / "stopped", shard_tokens=6000)
+    prepare_corpus(config, tmp_path / "whole", shard_tokens=6000)
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+    with pytest.raises(DRTError, match="the sources have changed"):
+        prepare_corpus(config, tmp_path / "finished")
+
+
+def interrupt(config: PrepareConfig, output: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Prepare until so many documents are written."""
+
+    def stop(progress: prepare.Progress) -> None:
+        if progress.documents == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_corpus(config, output, on_progress=stop, shard_tokens=6000)
+    assert (output / "progress.json").exists()
+
+
+def test_one_process_prepares_a_folder(config: PrepareConfig, tmp_path: Path) -> None:
+    refused = []
+
+    def prepare_too(progress: prepare.Progress) -> None:
+        with pytest.raises(DRTError, match="another process is preparing") as error:
+            prepare_corpus(config, tmp_path / "corpus")
+        refused.append(error)
+
+    prepare_corpus(config, tmp_path / "corpus", on_progress=prepare_too)
+    assert len(refused) == 60
+    assert not (tmp_path / "corpus" / "lock").exists()
+    open_corpus(tmp_path / "corpus", "train", verify=True)
+
+
+def test_a_call_that_fails_at_once_leaves_no_folder(config: PrepareConfig, tmp_path: Path) -> None:
+    with pytest.raises(DRTError, match="no such file or folder"):
+        prepare_corpus(replace(config, sources=[Source(path="none.txt")]), tmp_path / "corpus")
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_a_full_disk_is_named_and_gone_on_from(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(DRTError, match=r"-00000\.tokens\.bin: .*No space left on device"):
+            prepare_corpus(config, tmp_path / "corpus")
+    prepare_corpus(config, tmp_path / "corpus")
+    open_corpus(tmp_path / "corpus", "train", verify=True)
+
+
+def test_files_and_folder_are_on_the_disk_before_progress_counts_them(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is renamed was synced, and the folder is synced before the next file relies on it."""
+    events: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, os.replace
+
+    def watch_sync(descriptor: int) -> None:
+        events.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def watch_rename(old: Any, new: Any) -> None:
+        assert ("sync", Path(old).name) in events
+        events.append(("rename", Path(new).name))
+        rename(old, new)
+
+    monkeypatch.setattr("os.fsync", watch_sync)
+    monkeypatch.setattr("os.replace", watch_rename)
+    prepare_corpus(config, tmp_path / "corpus")
+    renamed = [name for kind, name in events if kind == "rename"]
+    for split in SPLITS:
+        for suffix in ("tokens.bin", "documents.bin", "names.jsonl"):
+            assert renamed.index(f"{split}-00000.{suffix}") < renamed.index("progress.json")
+    for number, (kind, name) in enumerate(events):
+        if (kind, name) == ("rename", "progress.json"):
+            assert events[number - 2] == ("sync", "corpus")
+            assert events[number + 1] == ("sync", "corpus")
+
+
+def test_small_documents_take_a_time_that_is_linear(tmp_path: Path) -> None:
+    """Forty thousand took fifty seconds, nearly all of them in adding up what had been written."""
+    writer = ShardWriter(tmp_path, "train", "uint16")
+    tokens = np.arange(5)
+    began = time.process_time()
+    for number in range(40_000):
+        writer.add(f"{number}", tokens, 5)
+    assert time.process_time() - began < 5
+    shard = writer.close()
+    assert shard is not None
+    assert (shard["documents"], shard["tokens"]) == (40_000, 200_000)
+
+
+def test_a_long_line_takes_little_more_memory_than_its_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("drt.data.tokens._PIECE", 2**16)
+    text = tmp_path / "line.txt"
+    size = 2**24
+    text.write_bytes(b"words in a line " * (size // 16))
+    made = PrepareConfig(sources=[Source(path=str(text), split="train")], tokenizer="bytes")
+    prepare_corpus(made, tmp_path / "first")  # imports and caches are not counted
+    tracemalloc.start()
+    try:
+        prepare_corpus(made, tmp_path / "corpus")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * size  # the text, its tokens as uint16, and what is passing through
+    assert len(open_corpus(tmp_path / "corpus", "train").document(0)) == size + 1
 
 
 def test_settings_that_do_not_fit_are_refused(config: PrepareConfig, tmp_path: Path) -> None:

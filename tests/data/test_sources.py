@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import lzma
@@ -13,7 +14,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from drt.data.sources import Document, Source, read_documents, sample_texts
+from drt.data.sources import Document, Source, place_of, read_documents, read_sources, sample_texts
 from drt.errors import DRTError
 
 ROWS = [{"title": "one", "text": "Hä 1"}, {"title": "two", "text": "2"}]
@@ -35,6 +36,34 @@ def test_json_lines_in_other_fields(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"body": "a\\ud83d"}\n{"body": " \\n"}\n{"body": "c", "id": 7}\n')
     assert read(path, text_field="body") == [Document(f"{path}:1", b"a?"), Document("7", b"c")]
+
+
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + b'{"text": "x"}\r\n{"text": "y"}\r\n')
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(codecs.BOM_UTF8 + b"text"))
+    assert [document.text for document in read(tmp_path / "a.jsonl")] == [b"x", b"y"]
+    assert [document.text for document in read(tmp_path / "a.txt.gz")] == [b"text"]
+
+
+def test_a_null_in_a_table_is_called_null(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "rows.parquet")
+    with pytest.raises(DRTError, match=r"rows\.parquet:2: expected a text in the field 'text', got null"):
+        read(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize("field", ["title", "name", "id", "path"])
+def test_documents_of_one_name_do_not_fall_together(tmp_path: Path, field: str) -> None:
+    for part in range(3):
+        rows = (json.dumps({field: "c4", "text": f"document {part} {number}"}) for number in range(100))
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(rows))
+    sources = [Source(path=str(tmp_path / f"{part}.jsonl")) for part in range(3)]
+    documents = [document for _, document in read_sources(sources)]
+    places = [place_of(document.key) for document in documents]
+    assert len(set(places)) == 300
+    assert 60 < sum(place < 1 / 3 for place in places) < 140
+    assert documents[0].key == "c4"  # as before there were namesakes
+    backwards = [document.key for _, document in read_sources(sources[::-1])]
+    assert len({document.key for document in documents[1:]} & set(backwards)) >= 298
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -108,17 +137,25 @@ def test_a_data_set_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "whole"}\n{"tex', "a.jsonl: wanted JSON lines, but the file is damaged"),
-        ("a.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 1000)[:-20], "a.jsonl.xz: wanted JSON lines"),
-        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: wanted JSON lines"),
+        ("a.jsonl", b'{"text": "whole"}\n{"tex', "a.jsonl:2: expected JSON lines"),
+        ("a.jsonl", b"[" * 10**6, "a.jsonl:1: expected JSON lines, .*nested too deeply"),
+        ("a.jsonl", b'{"text": "caf\xe9"}', "a.jsonl is not UTF-8 text: .*Latin-1"),
+        (
+            "a.jsonl.xz",
+            lzma.compress(b'{"text": "x"}\n' * 1000)[:-20],
+            "a.jsonl.xz: expected a whole .xz file, but it is damaged",
+        ),
+        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: expected a whole .gz file, but it is damaged"),
         (
             "a.jsonl",
             b'{"body": "x", "id": 1}\n',
-            r"a.jsonl:1: wanted a text in the field 'text', got body, id",
+            r"a.jsonl:1: expected a text in the field 'text', got other fields: 'body', 'id'",
         ),
-        ("a.jsonl", b"[1]\n", r"a.jsonl:1: wanted a text in the field 'text', got list"),
+        ("a.jsonl", b'{"text": null}\n', r"a.jsonl:1: expected a text in the field 'text', got null"),
+        ("a.jsonl", b'{"text": ["x"]}\n', r"a.jsonl:1: expected a text in the field 'text', got a list"),
+        ("a.jsonl", b"[1]\n", r"a.jsonl:1: expected a JSON object, got a list"),
         ("a.parquet", b"no table", "a.parquet: wanted a Parquet file"),
-        ("a.txt", b"\0", "a.txt: wanted UTF-8 text"),
+        ("a.txt", b"\0", "a.txt is not UTF-8 text"),
     ],
 )
 def test_damaged_sources_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

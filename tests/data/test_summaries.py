@@ -38,12 +38,13 @@ def test_pairs_of_a_file(tmp_path: Path) -> None:
     [
         (
             '{"document": "a", "summary": "b"}\n{"document": "a"}\n',
-            "line 2: wanted a JSON object with 'document'",
+            r"bad\.jsonl:2: expected a text in the field 'summary'",
         ),
-        ("[]\n", "line 1: wanted a JSON object"),
-        ("{\n", "line 1: wanted a JSON object"),
-        ('{"document": "a", "summary": " "}\n', "line 1: wanted texts that are not empty"),
-        ('{"document": 3, "summary": "b"}\n', "line 1: wanted texts"),
+        ("[]\n", r"bad\.jsonl:1: expected a JSON object, got a list"),
+        ("{\n", r"bad\.jsonl:1: expected JSON lines"),
+        ('{"document": "a", "summary": " "}\n', r"bad\.jsonl:1: expected texts that are not empty"),
+        ('{"document": 3, "summary": "b"}\n', r"bad\.jsonl:1: .* 'document', got a number"),
+        ('{"document": null, "summary": "b"}\n', r"bad\.jsonl:1: .* 'document', got null"),
         ("", "got an empty file"),
     ],
 )
@@ -51,7 +52,7 @@ def test_bad_files_are_named(tmp_path: Path, content: str, message: str) -> None
     (tmp_path / "bad.jsonl").write_text(content)
     with pytest.raises(DRTError, match=message):
         read_pairs(tmp_path / "bad.jsonl")
-    with pytest.raises(DRTError, match="cannot be read"):
+    with pytest.raises(DRTError, match=r"none\.jsonl: cannot be opened"):
         read_pairs(tmp_path / "none.jsonl")
 
 

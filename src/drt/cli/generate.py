@@ -20,7 +20,8 @@ def generate(
     file: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Read the text from a UTF-8 file of any length instead; - is stdin."
+            metavar="FILE",
+            help="Read a file of any length instead: text, .html or .pdf, plain, .gz or .xz; - is stdin.",
         ),
     ] = None,
     checkpoint: Annotated[
@@ -138,23 +139,18 @@ def read_prompt(prompt: str | None, file: Path | None) -> bytes:
     """The text to continue, as UTF-8.
 
     Raises:
-        DRTError: neither or both are given, the text is empty, or it is not UTF-8.
-        OSError: the file cannot be read.
+        DRTError: neither or both are given, the file cannot be read, the text is empty or not UTF-8.
     """
+    from drt.data.text_files import check_text, read_text
+
     if (prompt is None) == (file is None):
         raise DRTError("wanted either a PROMPT or --file FILE; see drt generate --help")
-    if file is None:
-        text = str(prompt).encode("utf-8", errors="surrogateescape")
-    else:
-        text = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    if file is not None and str(file) != "-":
+        return read_text(file)
+    text = sys.stdin.buffer.read() if prompt is None else prompt.encode("utf-8", errors="surrogateescape")
     if not text:
-        raise DRTError("the prompt is empty; wanted at least one character")
-    try:
-        text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DRTError(
-            f"{file or 'the prompt'} is not UTF-8 text: {error.reason} at byte {error.start}"
-        ) from error
+        raise DRTError("the prompt is empty; expected at least one character")
+    check_text(text, "the prompt" if file is None else str(file))
     return text
 
 

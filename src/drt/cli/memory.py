@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from codecs import getincrementaldecoder
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +12,7 @@ from drt.errors import DRTError, Interrupted
 from drt.terminal import print_table, say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Mapping, Sequence
 
     from drt.cli.shared import LoadedModel
     from drt.memory import Archive, ArchiveDescription, ArchiveWriter
@@ -22,7 +20,11 @@ if TYPE_CHECKING:
 memory = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
 
 FilesArgument = Annotated[
-    list[Path], typer.Argument(metavar="FILE...", help="UTF-8 texts of any length, read in this order.")
+    list[Path],
+    typer.Argument(
+        metavar="FILE...",
+        help="Texts of any length, .html and .pdf, plain, .gz or .xz, and folders of them, read in this order.",
+    ),
 ]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the archive.")]
 CheckpointOption = Annotated[
@@ -33,7 +35,6 @@ DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a
 
 NOT_WHOLE = 1  # exit code of verify
 DTYPES = ("bfloat16", "float32", "float16", "int8")
-BLOCK_BYTES = 2**24  # read at a time
 NAMES = 3  # documents named in one message
 
 
@@ -71,8 +72,7 @@ def build(
         drt memory build volume-1.txt volume-2.txt -o books.memory --checkpoint runs/my-model/final
     """
     # Torch and transformers take seconds to import: not before `--help` and mistyped options are dealt with.
-    with naming_rollback(output):
-        check_files(files)
+    sizes = find_texts(files, output)
 
     from drt.cli.shared import check_maker, load_checkpoint, parse_length
     from drt.memory.archive_writer import ArchiveWriter
@@ -90,10 +90,10 @@ def build(
         check_maker(loaded, archive)
         check_settings(archive, description)
         if archive.finished:
-            check_complete(archive, files)
+            check_complete(archive, list(sizes))
             say(f"{output} is complete: {describe_size(archive)}")
         else:
-            read_files(loaded, archive, files)
+            read_files(loaded, archive, sizes)
 
 
 @memory.command()
@@ -112,8 +112,7 @@ def append(
 
         drt memory append book.memory sequel.txt
     """
-    with naming_rollback(folder):
-        check_files(files)
+    sizes = find_texts(files, folder)
 
     from drt.cli.shared import check_maker, load_checkpoint
     from drt.memory.archive_writer import ArchiveWriter
@@ -121,12 +120,12 @@ def append(
 
     with ArchiveWriter.open(folder) as archive:
         unfinished = archive.unfinished_documents
-        again = [str(path) for path in files if find_held(archive, path) not in (None, *unfinished)]
+        again = [str(path) for path in sizes if find_held(archive, path) not in (None, *unfinished)]
         if again:
             raise DRTError(f"{folder} holds {list_names(again)} already: {describe_size(archive)}")
         loaded = load_checkpoint(checkpoint, device)
         check_maker(loaded, archive)
-        read_files(loaded, archive, files)
+        read_files(loaded, archive, sizes)
 
 
 @memory.command()
@@ -216,47 +215,18 @@ def verify(folder: FolderArgument) -> None:
     say(f"{folder} is whole")
 
 
-def check_files(files: Sequence[Path]) -> None:
-    """Make sure that every file is a text before hours go into the first.
+def find_texts(files: Sequence[Path], folder: Path) -> dict[Path, int]:
+    """The texts that files and folders are, each with its size in bytes, before hours go into the first.
 
     Raises:
-        DRTError: an empty file, one that is not UTF-8, one that is named twice, a pipe.
-        OSError: one that cannot be read.
+        DRTError: as `drt.data.text_files.text_files`; where an unfinished archive waits for the files it says how to go
+            on without them.
     """
-    for number, path in enumerate(files):
-        if path.resolve() in [other.resolve() for other in files[:number]]:
-            raise DRTError(f"{path} is named twice")
-        if path.is_fifo():
-            raise DRTError(f"{path} is a pipe; wanted a file, which can be read again after a stop")
-        check_text(path)
+    from drt.data.text_files import text_files
 
-
-def check_text(path: Path) -> None:
-    """Read a file and make sure that it is UTF-8 and not empty; raises as `check_files`."""
-    decoder = getincrementaldecoder("utf-8")()
-    read = 0
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            before = read - len(decoder.getstate()[0])  # what a character needs that the last block has cut
-            read += len(block)
-            try:
-                decoder.decode(block)
-            except UnicodeDecodeError as error:
-                raise DRTError(
-                    f"{path} is not UTF-8 text: {error.reason} at byte {before + error.start}"
-                ) from error
-    if not read:
-        raise DRTError(f"{path} is empty; wanted a text of at least one character")
-    if decoder.getstate()[0]:
-        raise DRTError(f"{path} is not UTF-8 text: it ends within a character")
-
-
-@contextmanager
-def naming_rollback(folder: Path) -> Iterator[None]:
-    """Add to an error about files how to go on without them, where an unfinished archive waits for them."""
     try:
-        yield
-    except (DRTError, OSError) as error:
+        return text_files(files)
+    except DRTError as error:
         from drt.memory.archive import MANIFEST
         from drt.memory.manifest import Manifest
 
@@ -266,9 +236,8 @@ def naming_rollback(folder: Path) -> Iterator[None]:
             raise error from None
         if manifest.head == manifest.finished:
             raise
-        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
         raise DRTError(
-            f"{reason}. {folder} is unfinished; to drop what it has read: drt memory rollback {folder}"
+            f"{error}. {folder} is unfinished; to drop what it has read: drt memory rollback {folder}"
         ) from error
 
 
@@ -316,8 +285,8 @@ def check_settings(archive: Archive, wanted: ArchiveDescription) -> None:
             raise DRTError(f"{archive.path} was begun with {option} {held}, got {got}")
 
 
-def read_files(loaded: LoadedModel, archive: ArchiveWriter, files: Sequence[Path]) -> None:
-    """Read files into an archive with a bar on stderr, and say what it then holds.
+def read_files(loaded: LoadedModel, archive: ArchiveWriter, sizes: Mapping[Path, int]) -> None:
+    """Read files, of texts of these sizes in bytes, into an archive with a bar on stderr; say what it then holds.
 
     Raises:
         Interrupted: Ctrl-C; the archive is whole up to its last commit.
@@ -326,10 +295,9 @@ def read_files(loaded: LoadedModel, archive: ArchiveWriter, files: Sequence[Path
     from drt.data.tokens import TextCodec
     from drt.models.drt.archive_drt import read_documents
 
-    size = sum(path.stat().st_size for path in files)
     known = sum(document.num_tokens for document in archive.unfinished_documents)
     with reading_progress() as progress:
-        total = size if TextCodec(loaded.tokenizer).is_bytes else None
+        total = sum(sizes.values()) if TextCodec(loaded.tokenizer).is_bytes else None
         task = progress.add_task("", total=total, completed=known)
 
         def advance(count: int) -> None:
@@ -339,7 +307,7 @@ def read_files(loaded: LoadedModel, archive: ArchiveWriter, files: Sequence[Path
             progress.advance(task, count - skipped)
 
         try:
-            read_documents(loaded.model, loaded.tokenizer, archive, files, advance)
+            read_documents(loaded.model, loaded.tokenizer, archive, list(sizes), advance)
         except KeyboardInterrupt as interrupt:
             if archive.num_segments == 0:
                 raise Interrupted("stopped before anything was read") from interrupt

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drt.errors import DRTError
+from drt.files import read_json
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
@@ -45,6 +46,7 @@ class Manifest:
         splits: for each split `documents`, `tokens`, `bytes` and `shards`; a shard has a `name`, the same three
             counts, and `files`: name -> `size` in bytes and `sha256`.
         sources: where the text came from, in plain values.
+        digest: of all documents, in order; None in corpora that were made before there was one.
     """
 
     folder: Path
@@ -52,6 +54,7 @@ class Manifest:
     tokenizer: dict[str, Any]
     splits: dict[str, dict[str, Any]]
     sources: list[dict[str, Any]]
+    digest: str | None = None
 
 
 def read_manifest(folder: Path | str) -> Manifest:
@@ -62,20 +65,22 @@ def read_manifest(folder: Path | str) -> Manifest:
     """
     folder = Path(folder)
     path = folder / MANIFEST
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.exists():
         raise DRTError(
             f"{folder} is no corpus: it has no {MANIFEST}. `drt data prepare` makes one, and writes it last"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise DRTError(f"{path}: cannot be read: {error}") from error
+        )
+    values = read_json(path)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        found = values.get("format") if isinstance(values, dict) else values
-        raise DRTError(f"{path}: wanted a corpus of format {FORMAT}, got {found!r}")
+        found = values.get("format") if isinstance(values, dict) else type(values).__name__
+        raise DRTError(f"{path}: expected a corpus of format {FORMAT}, got {found!r}")
     try:
         return Manifest(
-            folder, values["dtype"], values["tokenizer"], dict(values["splits"]), values["sources"]
+            folder,
+            values["dtype"],
+            values["tokenizer"],
+            dict(values["splits"]),
+            values["sources"],
+            values.get("digest"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DRTError(f"{path}: damaged, {error} is missing or wrong") from error

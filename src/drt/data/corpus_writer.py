@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from io import BufferedWriter
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drt.data.corpus import DOCUMENT_DTYPE, DTYPES, FORMAT, MANIFEST
+from drt.errors import DRTError
+from drt.files import atomic_write, open_regular, write_text
 
 SHARD_TOKENS = 2**26  # 128 MiB of uint16: what is lost at most when preparing is killed
 _TEMPORARY = ".tmp"
@@ -41,64 +45,89 @@ class ShardWriter:
         self._hash = hashlib.sha256()
         self._table: list[tuple[int, int]] = []
         self._names: list[str] = []
+        self._tokens = 0  # in the open shard
 
-    def add(self, name: str, tokens: NDArray[Any], size: int) -> dict[str, Any] | None:
+    def add(
+        self, name: str, tokens: NDArray[Any] | Sequence[NDArray[Any]], size: int
+    ) -> dict[str, Any] | None:
         """Append a document.
 
         Args:
             name: of the document.
-            tokens: (T,) token ids, the end token included.
+            tokens: (T,) token ids, the end token included, or pieces of them.
             size: UTF-8 bytes of the text.
 
         Returns:
             The description of the shard that this document filled, or None.
+
+        Raises:
+            DRTError: the disk is full or fails; the message names the file.
         """
+        path = self._folder / (self._file_name("tokens.bin") + _TEMPORARY)
+        pieces = [tokens] if isinstance(tokens, np.ndarray) else tokens
         if self._file is None:
-            self._file = (self._folder / (self._file_name("tokens.bin") + _TEMPORARY)).open("wb")
-        content = tokens.astype(self._dtype).tobytes()
-        self._file.write(content)
-        self._hash.update(content)
-        self._table.append((len(tokens), size))
+            self._file = os.fdopen(open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb")
+        try:
+            for piece in pieces:
+                content = np.ascontiguousarray(piece, self._dtype).data
+                self._file.write(content)
+                self._hash.update(content)
+        except OSError as error:
+            raise DRTError(f"{path}: cannot be written: {error.strerror}") from error
+        count = sum(map(len, pieces))
+        self._table.append((count, size))
         self._names.append(name)
-        full = sum(length for length, _ in self._table) >= self._shard_tokens
-        return self.close() if full else None
+        self._tokens += count
+        return self.close() if self._tokens >= self._shard_tokens else None
 
     def close(self) -> dict[str, Any] | None:
-        """Finish the open shard: its files are on the disk when this returns. None if it holds no document."""
+        """Finish the open shard: its files are on the disk when this returns. None if it holds no document.
+
+        Raises:
+            DRTError: the disk is full or fails; the message names the file.
+        """
         if self._file is None:
             return None
-        _close(self._file)
+        path = self._folder / self._file_name("tokens.bin")
+        try:
+            with self._file as file:
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(path.with_name(path.name + _TEMPORARY), path)
+        except OSError as error:
+            raise DRTError(f"{path}: cannot be written: {error.strerror}") from error
         table = np.array(self._table, DOCUMENT_DTYPE)
-        files = {self._file_name("tokens.bin"): self._hash.hexdigest()}
-        for suffix, content in (
-            ("documents.bin", table.tobytes()),
-            ("names.jsonl", "".join(json.dumps(name) + "\n" for name in self._names).encode()),
-        ):
-            name = self._file_name(suffix)
-            with (self._folder / (name + _TEMPORARY)).open("wb") as file:
-                file.write(content)
-                _close(file)
-            files[name] = hashlib.sha256(content).hexdigest()
-        described = {}
-        for name, checksum in files.items():
-            os.replace(self._folder / (name + _TEMPORARY), self._folder / name)
-            described[name] = {"size": (self._folder / name).stat().st_size, "sha256": checksum}
+        names = "".join(json.dumps(name) + "\n" for name in self._names).encode()
+        described = {
+            path.name: {"size": path.stat().st_size, "sha256": self._hash.hexdigest()},
+            **self._write("documents.bin", table.tobytes()),
+            **self._write("names.jsonl", names),
+        }
         shard = {
             "name": self._file_name("").rstrip("."),
             "documents": len(table),
-            "tokens": int(table[:, 0].sum()),
+            "tokens": self._tokens,
             "bytes": int(table[:, 1].sum()),
             "files": described,
         }
         self._number += 1
         self._file, self._hash, self._table, self._names = None, hashlib.sha256(), [], []
+        self._tokens = 0
         return shard
+
+    def _write(self, suffix: str, content: bytes) -> dict[str, Any]:
+        """Write a whole file, and sync the folder with it; returns its description."""
+        name = self._file_name(suffix)
+        with atomic_write(self._folder / name) as file:
+            file.write(content)
+        return {name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
 
     def abandon(self) -> None:
         """Delete what is written of the open shard."""
         if self._file is not None:
-            self._file.close()
-            Path(self._file.name).unlink(missing_ok=True)
+            with suppress(OSError):  # what cannot be written any more goes anyway
+                self._file.close()
+            (self._folder / (self._file_name("tokens.bin") + _TEMPORARY)).unlink(missing_ok=True)
             self._file = None
 
     def _file_name(self, suffix: str) -> str:
@@ -111,6 +140,7 @@ def write_manifest(
     tokenizer: dict[str, Any],
     shards: dict[str, list[dict[str, Any]]],
     sources: list[dict[str, Any]],
+    digest: str | None = None,
 ) -> None:
     """Write manifest.json, whole or not at all: with it the corpus is finished.
 
@@ -120,6 +150,7 @@ def write_manifest(
         tokenizer: `name`, `fingerprint`, `vocab_size` and `document_end`.
         shards: of each split, as `ShardWriter` describes them.
         sources: where the text came from, in plain values.
+        digest: of all documents, in order, as `drt.data.prepare` makes it.
     """
     splits = {
         split: {name: sum(shard[name] for shard in listed) for name in ("documents", "tokens", "bytes")}
@@ -131,26 +162,12 @@ def write_manifest(
         "dtype": dtype,
         "tokenizer": tokenizer,
         "sources": sources,
+        "digest": digest,
         "splits": splits,
     }
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file as a whole; it is on the disk when this returns."""
-    temporary = path.with_name(path.name + _TEMPORARY)
-    with temporary.open("wb") as file:
-        file.write(content)
-        _close(file)
-    os.replace(temporary, path)
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def token_dtype(vocab_size: int) -> str:
     """The smallest dtype that holds the ids of a vocabulary."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
-
-
-def _close(file: BufferedWriter) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import lzma
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -13,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from drt.data.text_files import folder_texts, read_text
 from drt.data.tokens import TextCodec, TokenIds
 from drt.errors import DRTError
 
 DOCUMENT_END = b"\n\n"  # between the files of a haystack
 
-_OPENERS = {".xz": lzma.decompress, ".gz": gzip.decompress}
 _FIRST_GUESS = 4.5  # bytes a token, to begin with, where a token is not a byte
 
 
@@ -76,12 +74,11 @@ def load_haystack(paths: Sequence[Path | str] | None = None) -> Haystack:
     """Read texts, one after the other.
 
     Args:
-        paths: UTF-8 text files, plain or compressed (.xz, .gz), and folders, of which every text file is taken, in the
-            order of the names; hidden files and files that are no text are left out of a folder. None or empty: the
-            sample that ships with the package.
+        paths: files and folders, read as `drt.data.text_files` says. None or empty: the sample that ships with the
+            package.
 
     Raises:
-        DRTError: a path does not exist or cannot be read, a file is not UTF-8 text or is damaged, there is no text.
+        DRTError: a path does not exist or cannot be read, a file is no text or is damaged, there is no text.
     """
     if not paths:
         return sample_haystack()
@@ -100,39 +97,8 @@ def _read(path: Path) -> list[bytes]:
     if not path.exists():
         raise DRTError(f"{path}: no such file or folder; wanted a text. `drt data haystack` fetches some")
     if not path.is_dir():
-        return [_read_file(path)]
-    inside = sorted(file for file in path.rglob("*") if not _is_hidden(file.relative_to(path)))
-    contents = (file.read_bytes() for file in inside if file.is_file())
-    texts = [content for content in contents if content and _is_text(content)]
+        return [read_text(path)]
+    texts = [text for _, text in sorted(folder_texts(path, read_text))]
     if not texts:
-        raise DRTError(f"{path}: wanted a folder with text files in it, got none")
+        raise DRTError(f"{path}: expected a folder with text files in it, got none")
     return texts
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-        text = _OPENERS.get(path.suffix, bytes)(content)
-    except OSError as error:  # includes gzip.BadGzipFile
-        raise DRTError(f"{path}: cannot be read: {error}") from error
-    except (EOFError, lzma.LZMAError, zlib.error) as error:
-        raise DRTError(f"{path}: wanted a whole {path.suffix} file, but it is damaged: {error}") from error
-    if not text:
-        raise DRTError(f"{path}: wanted a text, but the file is empty")
-    if not _is_text(text):
-        raise DRTError(f"{path}: wanted UTF-8 text, but the file is binary or in another encoding")
-    return text
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _is_text(content: bytes) -> bool:
-    if b"\0" in content:
-        return False
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return True

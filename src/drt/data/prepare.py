@@ -1,42 +1,39 @@
-"""Text to a corpus: documents are read one after the other and tokenised by several processes at once.
+"""Text to a corpus: documents are read one after the other and tokenised, in pieces, by several processes at once.
 
 What was finished survives a kill: whenever enough tokens have come together every open shard is closed, and
-`progress.json` says how far the documents were read. The result does not depend on the number of processes.
+`progress.json` says how far the documents were read and what they were. The result does not depend on the number of
+processes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from drt.data.corpus import MANIFEST, SPLITS, TOKENIZER, Manifest, read_manifest
-from drt.data.corpus_writer import (
-    SHARD_TOKENS,
-    ShardWriter,
-    token_dtype,
-    write_atomically,
-    write_manifest,
-)
-from drt.data.sources import Document, Source, place_of, read_documents
+from drt.data.corpus import DTYPES, MANIFEST, SPLITS, TOKENIZER, Manifest, Tokens, read_manifest
+from drt.data.corpus_writer import SHARD_TOKENS, ShardWriter, token_dtype, write_manifest
+from drt.data.sources import HUB, Source, place_of, read_sources
 from drt.data.tokenizer import describe_tokenizer, load_tokenizer, save_tokenizer
-from drt.data.tokens import TextCodec, TokenIds
+from drt.data.tokens import TextCodec, text_pieces
 from drt.errors import DRTError
+from drt.files import lock_file, read_json, write_text
 
 PROGRESS = "progress.json"
+LOCK = "lock"
 _BATCH_BYTES = 2**21  # text given to a process at once
 _WAITING = 3  # batches a process may have in its queue
-
-Tokenised = tuple[str, TokenIds, int]  # name, token ids, bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +43,7 @@ class PrepareConfig:
     Args:
         sources: documents, in order.
         tokenizer: `bytes`, a folder with a tokenizer, or a name on the Hugging Face hub that was downloaded before.
-        validation_share, test_share: of the documents of sources without a split; drawn by a document's name.
+        validation_share, test_share: of the documents of sources without a split; drawn by their keys.
         train_share: the same; None: all that is left. A smaller corpus of the same text keeps its other splits.
         min_tokens: documents with fewer tokens are left out.
         min_test_tokens: the same for validation and test.
@@ -104,51 +101,85 @@ def prepare_corpus(
         DRTError: a source or the tokenizer cannot be read, the folder holds a corpus of other settings, or there is
             no document to train on.
     """
-    output.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(config.tokenizer)
     described = describe_tokenizer(tokenizer, config.tokenizer)
     request = _describe_request(config, described["fingerprint"])
     if (output / MANIFEST).exists():
-        manifest = read_manifest(output)
-        if manifest.sources != request:
-            raise DRTError(f"{output} holds a corpus of other settings; choose another folder or delete it")
-        return manifest
-    state = _load_progress(output, request)
-    save_tokenizer(tokenizer, output / TOKENIZER)
-    writer = _CorpusWriter(output, token_dtype(described["vocab_size"]), state, shard_tokens)
-    documents = islice(chain.from_iterable(map(_with_source, config.sources)), state["documents"], None)
-    try:
-        for batch in _tokenise(documents, config.tokenizer, processes):
-            for source, (name, ids, size) in batch:
-                split = source.split or split_of(
-                    name, config.validation_share, config.test_share, config.train_share
-                )
-                least = config.min_tokens if split == "train" else config.min_test_tokens
-                writer.add(split if len(ids) >= least else None, name, ids, size)
-            on_progress(writer.progress())
-        writer.commit()
-    finally:
-        writer.abandon()
-    if not state["shards"].get("train") and not state["shards"].get("test"):
-        raise DRTError(f"{output}: the sources hold no document of at least {config.min_tokens} tokens")
-    shards = {split: state["shards"][split] for split in SPLITS if state["shards"].get(split)}
-    write_manifest(output, token_dtype(described["vocab_size"]), described, shards, request)
-    (output / PROGRESS).unlink()
+        return _finished_corpus(output, config, request)
+    with _locked(output):
+        if (output / MANIFEST).exists():  # another process has finished it meanwhile
+            return _finished_corpus(output, config, request)
+        state = _load_progress(output, request)
+        dtype = token_dtype(described["vocab_size"])
+        writer = _CorpusWriter(output, dtype, state, shard_tokens)
+        documents = _read(config)
+        writer.skip(documents)
+        try:
+            for document, tokens in _tokenise(documents, config.tokenizer, dtype, processes):
+                least = config.min_tokens if document.split == "train" else config.min_test_tokens
+                writer.add(document, tokens, least)
+                on_progress(writer.progress())
+            writer.commit()
+        finally:
+            writer.abandon()
+        if not state["shards"].get("train") and not state["shards"].get("test"):
+            raise DRTError(f"{output}: the sources hold no document of at least {config.min_tokens} tokens")
+        save_tokenizer(tokenizer, output / TOKENIZER)
+        shards = {split: state["shards"][split] for split in SPLITS if state["shards"].get(split)}
+        write_manifest(output, dtype, described, shards, request, state["digest"])
+        (output / PROGRESS).unlink()
     return read_manifest(output)
 
 
 def split_of(
-    name: str, validation_share: float, test_share: float, train_share: float | None = None
+    key: str, validation_share: float, test_share: float, train_share: float | None = None
 ) -> str | None:
-    """The split of a document, drawn by its name: the same wherever and whenever it is prepared under that name.
+    """The split of a document, drawn by its key: the same wherever and whenever it is prepared under that name.
 
     None for a document that no split takes.
     """
-    place = place_of(name)
+    place = place_of(key)
     held_out = test_share + validation_share
     if place < held_out:
         return "test" if place < test_share else "validation"
     return "train" if train_share is None or place < held_out + train_share else None
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Make the folder and keep other processes out of it; one that nothing was written to is removed again."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DRTError(f"{output}: cannot be made: {error.strerror}") from error
+    path = output / LOCK
+    with lock_file(path, f"another process is preparing {output}; wait until it has finished"):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                output.rmdir()
+
+
+def _finished_corpus(output: Path, config: PrepareConfig, request: list[dict[str, Any]]) -> Manifest:
+    """The manifest of a corpus that is there already, if it is what would be made now.
+
+    The sources are read again, but for those on the hub, which keeps its versions.
+    """
+    manifest = read_manifest(output)
+    if manifest.sources != request:
+        raise DRTError(f"{output} holds a corpus of other settings; choose another folder or delete it")
+    if manifest.digest is None or any(source.path.startswith(HUB) for source in config.sources):
+        return manifest
+    digest = _NO_DOCUMENTS
+    for document in _read(config):
+        digest = document.after(digest)
+    if digest != manifest.digest:
+        raise DRTError(
+            f"{output} holds a corpus of other text: the sources have changed since; choose another folder or delete it"
+        )
+    return manifest
 
 
 def _describe_request(config: PrepareConfig, fingerprint: str) -> list[dict[str, Any]]:
@@ -163,16 +194,44 @@ def _load_progress(output: Path, request: list[dict[str, Any]]) -> dict[str, Any
     """What an interrupted call left: `documents` read so far and `shards` of each split."""
     path = output / PROGRESS
     if not path.exists():
-        return {"request": request, "documents": 0, "shards": {}}
-    try:
-        state = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise DRTError(f"{path}: cannot be read; delete the folder to begin anew: {error}") from error
+        return {"request": request, "documents": 0, "digest": _NO_DOCUMENTS, "shards": {}}
+    state = read_json(path)
+    if not isinstance(state, dict) or not state.keys() >= {"request", "documents", "digest", "shards"}:
+        raise DRTError(f"{path} is damaged or of another version; delete {output} to begin anew")
     if state["request"] != request:
         raise DRTError(
             f"{output} holds an unfinished corpus of other settings; choose another folder or delete it"
         )
     return state
+
+
+_NO_DOCUMENTS = ""  # the digest before the first document
+
+
+class _Document(NamedTuple):
+    """A document that was read.
+
+    Attributes:
+        name: of it.
+        split: that it belongs to; None: it is left out.
+        text: UTF-8.
+    """
+
+    name: str
+    split: str | None
+    text: bytes
+
+    def after(self, digest: str) -> str:
+        """The digest of this document and all before it, in order."""
+        parts = (self.name.encode("utf-8", "replace"), self.text)
+        own = b"".join(hashlib.sha256(part).digest() for part in parts)
+        return hashlib.sha256(digest.encode() + own).hexdigest()
+
+
+def _read(config: PrepareConfig) -> Iterator[_Document]:
+    shares = (config.validation_share, config.test_share, config.train_share)
+    for source, document in read_sources(config.sources):
+        yield _Document(document.name, source.split or split_of(document.key, *shares), document.text)
 
 
 class _CorpusWriter:
@@ -191,27 +250,44 @@ class _CorpusWriter:
         self._state = state
         self._shard_tokens = shard_tokens
         self._writers: dict[str, ShardWriter] = {}
-        self._read = state["documents"]
+        self._read, self._digest = state["documents"], state["digest"]
         written = [shard for shards in state["shards"].values() for shard in shards]
         self._tokens = sum(shard["tokens"] for shard in written)
         self._bytes = sum(shard["bytes"] for shard in written)
         self._committed = self._tokens
 
-    def add(self, split: str | None, name: str, ids: TokenIds, size: int) -> None:
-        """Write a document; None: it was read and is left out."""
+    def skip(self, documents: Iterator[_Document]) -> None:
+        """Leave out the documents that an interrupted call has written.
+
+        Raises:
+            DRTError: they are not the ones that it read.
+        """
+        digest = _NO_DOCUMENTS
+        for document in islice(documents, self._read):
+            digest = document.after(digest)
+        if digest != self._digest:
+            raise DRTError(
+                f"{self._output} holds an unfinished corpus, and the sources have changed since it was begun; "
+                "choose another folder or delete it"
+            )
+
+    def add(self, document: _Document, tokens: list[Tokens], least: int) -> None:
+        """Write a document, unless no split takes it or it has fewer tokens than `least`."""
         self._read += 1
-        if split is None:
+        self._digest = document.after(self._digest)
+        split, count = document.split, sum(map(len, tokens))
+        if split is None or count < least:
             return
         if split not in self._writers:
             first = len(self._state["shards"].get(split, []))
             # Its own limit is out of reach: shards are closed here, all together.
             self._writers[split] = ShardWriter(
-                self._output, split, self._dtype, first, 2 * self._shard_tokens + len(ids)
+                self._output, split, self._dtype, first, 2 * self._shard_tokens + count
             )
-        filled = self._writers[split].add(name, ids, size)
+        filled = self._writers[split].add(document.name, tokens, len(document.text))
         assert filled is None
-        self._tokens += len(ids)
-        self._bytes += size
+        self._tokens += count
+        self._bytes += len(document.text)
         if self._tokens - self._committed >= self._shard_tokens:
             self.commit()
 
@@ -222,9 +298,9 @@ class _CorpusWriter:
             if shard is not None:
                 self._state["shards"].setdefault(split, []).append(shard)
         self._writers = {}
-        self._state["documents"] = self._read
+        self._state.update(documents=self._read, digest=self._digest)
         self._committed = self._tokens
-        write_atomically(self._output / PROGRESS, json.dumps(self._state).encode())
+        write_text(self._output / PROGRESS, json.dumps(self._state))
 
     def abandon(self) -> None:
         """Delete what is not finished."""
@@ -236,47 +312,64 @@ class _CorpusWriter:
         return Progress(self._read, self._tokens, self._bytes)
 
 
-def _with_source(source: Source) -> Iterator[tuple[Source, Document]]:
-    return ((source, document) for document in read_documents(source))
-
-
 def _tokenise(
-    documents: Iterator[tuple[Source, Document]], tokenizer: str, processes: int
-) -> Iterator[list[tuple[Source, Tokenised]]]:
-    """Batches of tokenised documents, in the order of the documents."""
+    documents: Iterator[_Document], tokenizer: str, dtype: str, processes: int
+) -> Iterator[tuple[_Document, list[Tokens]]]:
+    """Documents with their tokens, piece by piece, in their order."""
+    tokens: list[Tokens] = []  # of the document whose end has not come yet
+    for document, is_end, ids in _encoded(documents, tokenizer, dtype, processes):
+        tokens.append(ids)
+        if is_end:
+            yield document, tokens
+            tokens = []
+
+
+def _encoded(
+    documents: Iterator[_Document], tokenizer: str, dtype: str, processes: int
+) -> Iterator[tuple[_Document, bool, Tokens]]:
+    """Pieces of documents as tokens, in order, and whether they are a document's end."""
+    pieces = ((document, piece) for document in documents for piece in _pieces(document))
     if processes == 1:
-        encoder = _Encoder(tokenizer)
-        yield from ([(source, encoder(document))] for source, document in documents)
+        encode = _Encoder(tokenizer, dtype)
+        yield from ((document, piece is None, encode(piece)) for document, piece in pieces)
         return
     # Not forked: a process with threads (the tokenizer's, PyTorch's) must not be.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _start_process, (tokenizer,)) as pool:
-        waiting: deque[tuple[list[Source], Future[list[Tokenised]]]] = deque()
+    with ProcessPoolExecutor(processes, context, _start_process, (tokenizer, dtype)) as pool:
+        waiting: deque[tuple[list[tuple[_Document, bool]], Future[list[Tokens]]]] = deque()
         try:
-            for batch in _batches(documents):
-                sources = [source for source, _ in batch]
-                waiting.append((sources, pool.submit(_encode_batch, [document for _, document in batch])))
+            for batch in _batches(pieces):
+                parts = [(document, piece is None) for document, piece in batch]
+                waiting.append((parts, pool.submit(_encode_batch, [piece for _, piece in batch])))
                 if len(waiting) >= _WAITING * processes:
-                    yield _finished(waiting)
+                    yield from _finished(*waiting.popleft())
             while waiting:
-                yield _finished(waiting)
+                yield from _finished(*waiting.popleft())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _finished(
-    waiting: deque[tuple[list[Source], Future[list[Tokenised]]]],
-) -> list[tuple[Source, Tokenised]]:
-    sources, future = waiting.popleft()
-    return list(zip(sources, future.result(), strict=True))
+    parts: list[tuple[_Document, bool]], future: Future[list[Tokens]]
+) -> Iterator[tuple[_Document, bool, Tokens]]:
+    return ((*part, ids) for part, ids in zip(parts, future.result(), strict=True))
 
 
-def _batches(documents: Iterator[tuple[Source, Document]]) -> Iterator[list[tuple[Source, Document]]]:
-    """Lists of documents with at least `_BATCH_BYTES` of text, but the last."""
+def _pieces(document: _Document) -> Iterator[bytes | None]:
+    """What is tokenised of a document: pieces of its text, unless it is left out, and `None` for its end."""
+    if document.split is not None:
+        yield from text_pieces([document.text])
+    yield None
+
+
+def _batches(
+    pieces: Iterator[tuple[_Document, bytes | None]],
+) -> Iterator[list[tuple[_Document, bytes | None]]]:
+    """Lists of pieces with at least `_BATCH_BYTES` of text, but the last."""
     batch, size = [], 0
-    for item in documents:
+    for item in pieces:
         batch.append(item)
-        size += len(item[1].text)
+        size += len(item[1] or b"")
         if size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -285,25 +378,25 @@ def _batches(documents: Iterator[tuple[Source, Document]]) -> Iterator[list[tupl
 
 
 class _Encoder:
-    """Callable (document) -> name, token ids with the token that ends a document, bytes."""
+    """Callable (piece of text) -> its tokens; (None) -> the token that ends a document, if there is one."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, dtype: str) -> None:
         tokenizer = load_tokenizer(name)
-        self._codec = TextCodec(tokenizer)
-        self._end = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], np.int32)
+        self._codec, self._dtype = TextCodec(tokenizer), DTYPES[dtype]
+        end = tokenizer.eos_token_id
+        self._end: Tokens = np.array([] if end is None else [end], self._dtype)
 
-    def __call__(self, document: Document) -> Tokenised:
-        ids = np.concatenate([self._codec.encode(document.text), self._end])
-        return document.name, ids, len(document.text)
+    def __call__(self, piece: bytes | None) -> Tokens:
+        return self._end if piece is None else self._codec.encode(piece).astype(self._dtype)
 
 
 _encoders: list[_Encoder] = []  # of a tokenising process: its one encoder
 
 
-def _start_process(tokenizer: str) -> None:
+def _start_process(tokenizer: str, dtype: str) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _encoders.append(_Encoder(tokenizer))
+    _encoders.append(_Encoder(tokenizer, dtype))
 
 
-def _encode_batch(documents: list[Document]) -> list[Tokenised]:
-    return [_encoders[0](document) for document in documents]
+def _encode_batch(pieces: list[bytes | None]) -> list[Tokens]:
+    return [_encoders[0](piece) for piece in pieces]

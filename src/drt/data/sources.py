@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import lzma
-import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-from drt.data.haystack import load_haystack
+from drt.data.json_rows import json_rows, text_field_of
+from drt.data.text_files import folder_texts, kind_of, read_text
 from drt.errors import DRTError
 
 HUB = "hf:"
 FILES, DIRECTORIES = "files", "directories"
-OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}  # of compressed files
 _NAME_FIELDS = ("title", "name", "id", "path")
 _PARQUET_ROWS = 64  # read at once: rows may be whole books
 
@@ -29,9 +25,8 @@ class Source:
 
     Args:
         path: a file, a folder, or `hf:NAME[:CONFIGURATION]@SPLIT`, a data set on the Hugging Face hub. By its ending a
-            file is JSON lines (.jsonl, .json), Parquet (.parquet) or one text; each but Parquet may be
-            compressed (.xz, .gz).
-        split: `train`, `validation` or `test`; None: by the documents' names.
+            file is JSON lines (.jsonl, .json), Parquet (.parquet) or one text, as `drt.data.text_files` reads it.
+        split: `train`, `validation` or `test`; None: by each document's key.
         text_field: of a JSON object or a table's row: the text.
         documents: what a document of a folder is: `files`, each text file below it, or `directories`, the text files
             that lie directly in one directory, joined in the order of their names.
@@ -52,10 +47,32 @@ class Source:
 
 @dataclass(frozen=True)
 class Document:
-    """A text, UTF-8, and its name."""
+    """A text.
+
+    Args:
+        name: of it: a file's path in its folder, or what a row calls itself.
+        text: UTF-8.
+        is_namesake: another document before it has the same name.
+    """
 
     name: str
     text: bytes
+    is_namesake: bool = field(default=False, compare=False)
+
+    @property
+    def key(self) -> str:
+        """What its split is drawn by: the name, but for namesakes, which must not all fall together, the text too."""
+        return f"{self.name}\0{hashlib.sha256(self.text).hexdigest()}" if self.is_namesake else self.name
+
+
+def read_sources(sources: Iterable[Source]) -> Iterator[tuple[Source, Document]]:
+    """The documents of several sources, one after the other; raises as `read_documents`."""
+    seen: set[bytes] = set()
+    for source in sources:
+        for document in read_documents(source):
+            name = hashlib.blake2b(document.name.encode("utf-8", "replace"), digest_size=8).digest()
+            yield source, replace(document, is_namesake=name in seen)
+            seen.add(name)
 
 
 def read_documents(source: Source) -> Iterator[Document]:
@@ -65,13 +82,13 @@ def read_documents(source: Source) -> Iterator[Document]:
         DRTError: the source is missing or damaged, or a row has no text; the message says where.
     """
     for document in _reader(source):
-        if document.text.strip():
+        if document.text and not document.text.isspace():
             yield document
 
 
-def place_of(name: str) -> float:
-    """Where a document's name falls between 0 and 1: random among names, and the same everywhere."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:8], "big") / 2**64
+def place_of(key: str) -> float:
+    """Where a document's key falls between 0 and 1: random among keys, and the same everywhere."""
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "replace")).digest()[:8], "big") / 2**64
 
 
 def sample_texts(sources: Iterable[Source], size: int, share: float = 1.0) -> list[str]:
@@ -88,10 +105,10 @@ def sample_texts(sources: Iterable[Source], size: int, share: float = 1.0) -> li
     """
     texts: list[str] = []
     left = size
-    for document in chain.from_iterable(map(read_documents, sources)):
+    for _, document in read_sources(sources):
         if left <= 0:
             break
-        if place_of(document.name) >= 1 - share:
+        if place_of(document.key) >= 1 - share:
             texts.append(document.text.decode())
             left -= len(document.text)
     if not texts:
@@ -109,27 +126,12 @@ def _reader(source: Source) -> Iterator[Document]:
         )
     if path.is_dir():
         return _read_folder(path, source.documents)
-    kind = Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
+    kind = kind_of(path)
     if kind in (".jsonl", ".json"):
-        return _read_json_lines(path, source.text_field)
+        return (_from_row(row, source.text_field, where) for where, row in json_rows(path))
     if kind == ".parquet":
         return _read_parquet(path, source.text_field)
-    return iter([Document(path.name, load_haystack([path]).text)])
-
-
-def _read_json_lines(path: Path, text_field: str) -> Iterator[Document]:
-    opener = OPENERS.get(path.suffix, open)
-    try:
-        with cast(IO[str], opener(path, "rt", encoding="utf-8")) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _from_row(json.loads(line), text_field, f"{path}:{number}")
-    except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
-        if isinstance(error, DRTError):
-            raise
-        raise DRTError(
-            f"{path}: wanted JSON lines, but the file is damaged or no such file: {error}"
-        ) from error
+    return iter([Document(path.name, read_text(path))])
 
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
@@ -166,43 +168,17 @@ def _read_hub(source: Source) -> Iterator[Document]:
 
 
 def _from_row(row: Any, text_field: str, where: str) -> Document:
-    text = row.get(text_field) if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise DRTError(f"{where}: wanted a text in the field {text_field!r}, got {fields}")
+    text = text_field_of(row, text_field, where)
     name = next((str(row[field]) for field in _NAME_FIELDS if row.get(field)), where)
     return Document(name, text.encode("utf-8", "replace"))  # JSON may hold half a surrogate pair
 
 
 def _read_folder(folder: Path, documents: str) -> Iterator[Document]:
-    """Hidden files, links and files that are no UTF-8 text are left out."""
-    for directory, subdirectories, names in _sorted_walk(folder):
-        subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
-        texts = []
-        for name in names:
-            path = directory / name
-            text = None if name.startswith(".") or path.is_symlink() else _read_text(path)
-            if text is not None:
-                texts.append(Document(str(path.relative_to(folder.parent)), text))
-        if documents == FILES:
-            yield from texts
-        elif texts:
-            yield Document(str(directory.relative_to(folder.parent)), b"\n".join(text.text for text in texts))
-
-
-def _sorted_walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """`os.walk` in the order of the names; the list of subdirectories may be changed."""
-    for directory, subdirectories, names in os.walk(folder):
-        subdirectories.sort()
-        yield Path(directory), subdirectories, sorted(names)
-
-
-def _read_text(path: Path) -> bytes | None:
-    content = path.read_bytes()
-    if b"\0" in content:
-        return None
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return None
-    return content
+    texts = folder_texts(folder, read_text)
+    if documents == FILES:
+        for path, text in texts:
+            yield Document(str(path.relative_to(folder.parent)), text)
+    else:
+        for directory, found in groupby(texts, key=lambda text: text[0].parent):
+            joined = b"\n".join(text for _, text in found)
+            yield Document(str(directory.relative_to(folder.parent)), joined)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import lzma
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from drt.data.sources import OPENERS
+from drt.data.json_rows import json_rows, text_field_of
 from drt.data.tokens import TextCodec, TokenIds
 from drt.errors import DRTError
 
@@ -43,22 +40,11 @@ def read_pairs(
         DRTError: the file cannot be read or is empty, or a line has no such fields or empty ones; names the line.
     """
     pairs = []
-    try:
-        with cast(BinaryIO, OPENERS.get(Path(path).suffix, open)(path, "rb")) as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    values = json.loads(line)
-                    texts = [values[field] for field in (document_field, summary_field)]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise DRTError(
-                        f"{path}, line {number}: wanted a JSON object with {document_field!r} and {summary_field!r}: "
-                        f"{error!r}"
-                    ) from error
-                if not all(isinstance(text, str) and text.strip() for text in texts):
-                    raise DRTError(f"{path}, line {number}: wanted texts that are not empty")
-                pairs.append(SummaryPair(*texts))
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise DRTError(f"{path}: cannot be read: {error}") from error
+    for where, row in json_rows(path):
+        document, summary = (text_field_of(row, field, where) for field in (document_field, summary_field))
+        if not document.strip() or not summary.strip():
+            raise DRTError(f"{where}: expected texts that are not empty")
+        pairs.append(SummaryPair(document, summary))
     if not pairs:
         raise DRTError(f"{path}: wanted documents with summaries, got an empty file")
     return pairs

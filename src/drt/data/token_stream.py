@@ -1,4 +1,4 @@
-"""A text file as token ids, a piece at a time, with the place in the file where each token ends."""
+"""A text file as token ids, a piece at a time, with the place in its text where each token ends."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from drt.data.tokens import TextCodec, TokenIds
+from drt.data.text_files import text_blocks
+from drt.data.tokens import TextCodec, TokenIds, text_pieces
 from drt.errors import DRTError
-
-PIECE_BYTES = 2**20
 
 
 class TokenPiece(NamedTuple):
@@ -24,13 +23,12 @@ class TokenPiece(NamedTuple):
 
 
 class TokenStream:
-    """Tokens of a UTF-8 text file in order; memory in use does not depend on its size.
+    """Tokens of a text file in order; memory in use does not depend on its size.
 
-    Pieces end after a line where there is one: a tokenizer of words gives the tokens of the whole text but for
-    merges across such a place.
+    A tokenizer of words gives the tokens of the whole text but for merges across the ends of pieces.
 
     Args:
-        path: of the file.
+        path: of the file, which `drt.data.text_files` reads.
         tokenizer: one that tokenises bytes, or a fast one.
 
     Raises:
@@ -53,10 +51,11 @@ class TokenStream:
             skip_bytes: the bytes that they are.
 
         Raises:
-            DRTError: the file cannot be read or is not UTF-8.
+            DRTError: the file cannot be read or is no text.
         """
         offset = 0
-        for text in self._texts(skip_bytes if self._is_bytes else 0):
+        # Where tokens are not bytes, pieces have to be cut in the same places again.
+        for text in text_pieces(text_blocks(self.path, skip_bytes if self._is_bytes else 0)):
             if self._is_bytes:
                 ids = TextCodec(self._tokenizer).encode(text)
                 start = skip_bytes + offset
@@ -70,30 +69,8 @@ class TokenStream:
                     yield TokenPiece(text[begin:], piece.ids[skipped:], piece.stops[skipped:])
             offset += len(text)
 
-    def _texts(self, start: int) -> Iterator[bytes]:
-        """The file from a byte on, in pieces that end after a line, or else after a character."""
-        try:
-            with self.path.open("rb") as file:
-                file.seek(start)
-                rest = b""
-                while block := file.read(PIECE_BYTES):
-                    text = rest + block
-                    end = len(text) if self._is_bytes else text.rfind(b"\n") + 1 or _last_character(text)
-                    rest = text[end:]
-                    if end:
-                        yield text[:end]
-                if rest:
-                    yield rest
-        except OSError as error:
-            raise DRTError(f"{self.path}: cannot be read: {error.strerror}") from error
-
     def _encode(self, text: bytes, offset: int) -> TokenPiece:
-        try:
-            string = text.decode()
-        except UnicodeDecodeError as error:
-            raise DRTError(
-                f"{self.path} is not UTF-8 text: {error.reason} at byte {offset + error.start}"
-            ) from error
+        string = text.decode()
         encoded = self._tokenizer(
             string, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
         )
@@ -105,11 +82,3 @@ class TokenStream:
             np.maximum.accumulate(starts)[1:], len(text)
         )  # what lies between tokens is the first one's
         return TokenPiece(text, np.array(encoded["input_ids"], np.int32), stops + offset)
-
-
-def _last_character(text: bytes) -> int:
-    """Where the last character of a text begins: a cut there splits none."""
-    end = len(text) - 1
-    while end > 0 and text[end] & 0xC0 == 0x80:
-        end -= 1
-    return end

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from drt.data.corpus import MANIFEST, open_corpus
-from drt.data.haystack import load_haystack
+from drt.data.sources import Source, read_documents
 from drt.data.tokenizer import fingerprint
 from drt.data.tokens import BYTE_OFFSET, TextCodec
 from drt.errors import DRTError
@@ -45,7 +47,8 @@ def load_documents(
     """Documents in the data's own order, so that every model reads the same.
 
     Args:
-        data: a corpus folder, which is memory-mapped, or a text file (plain, .xz or .gz), which is one document.
+        data: a corpus folder, which is memory-mapped, or a file as `drt.data.sources.Source` takes it: a text, which
+            is one document, or JSON lines.
         tokenizer: the model's.
         split: of a corpus.
         shortest: leave out documents of fewer tokens. One token alone predicts nothing.
@@ -63,13 +66,28 @@ def load_documents(
         chosen = [index for index in range(len(corpus)) if lengths[index] >= max(shortest, 2)][:count]
         documents = [Document(corpus.names[i], i, corpus.document(i)[:longest]) for i in chosen]
     elif path.is_dir():
-        raise DRTError(f"{path} is no corpus: it has no {MANIFEST}. `drt data prepare` makes one")
+        raise DRTError(f"{path} is no corpus: it has no {MANIFEST}. `drt data prepare` makes one of a folder")
     else:
-        tokens = TextCodec(tokenizer).encode(load_haystack([path]).text)
-        documents = [Document(path.name, 0, tokens[:longest])] if len(tokens) >= max(shortest, 2) else []
+        documents = list(_read_texts(data, tokenizer, max(shortest, 2), longest, count))
     if not documents:
         raise DRTError(f"{path}: wanted documents of at least {max(shortest, 2)} tokens, got none")
     return documents
+
+
+def _read_texts(
+    data: Path | str,
+    tokenizer: PreTrainedTokenizerBase,
+    shortest: int,
+    longest: int | None,
+    count: int | None,
+) -> Iterator[Document]:
+    codec = TextCodec(tokenizer)
+    texts = enumerate(read_documents(Source(path=str(data))))
+    encoded = ((index, text.name, codec.encode(text.text)) for index, text in texts)
+    long_enough = (
+        Document(name, index, ids[:longest]) for index, name, ids in encoded if len(ids) >= shortest
+    )
+    return islice(long_enough, count)
 
 
 class ByteCounter:

@@ -84,8 +84,8 @@ def read_documents(
         model: the archive's, in eval mode.
         tokenizer: its tokenizer.
         writer: open for writing.
-        paths: UTF-8 text files; of an unfinished call, the same ones. One of the name of a document that is held
-            already is called by its full path.
+        paths: texts, as `drt.data.text_files` reads them; of an unfinished call, the same ones. One of the name of a
+            document that is held already is called by its full path.
         on_progress: called with numbers of tokens read, which add up to all of them.
         commit_tokens: tokens between two commits, at least.
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from drt.data.text_files import text_blocks
 from drt.errors import DRTError
 from drt.memory import Archive, ArchiveWriter, Document
-
-COMPARED_BYTES = 2**22
 
 
 def document_name(archive: Archive, path: Path) -> str:
@@ -81,22 +80,13 @@ def has_name(document: Document, path: Path) -> bool:
 def _is_read(archive: Archive, document: Document, path: Path) -> bool:
     """Whether a file has the text of a document, or, of one that was not read to its end, goes on after it."""
     read = 0
-    for block in _blocks(path):
+    for block in text_blocks(path):
         if not block.startswith(archive.text(document, read, min(read + len(block), document.num_bytes))):
             return False
         read += len(block)
         if read > document.num_bytes:
             return not document.complete
     return document.complete and read == document.num_bytes
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    try:
-        with path.open("rb") as file:
-            while block := file.read(COMPARED_BYTES):
-                yield block
-    except OSError as error:
-        raise DRTError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _identity(found: os.stat_result) -> tuple[int, int]:
