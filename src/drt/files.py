@@ -291,17 +291,29 @@ def check_inputs(folder: Path) -> None:
             raise DRTError(f"{path}: expected a regular file, got {_describe_target(path)}")
 
 
+def read_bytes(path: Path | str, max_bytes: int, *, follow: bool = False) -> bytes:
+    """Read a whole file that may come from a stranger; ``follow`` as for `open_regular`.
+
+    Raises:
+        DRTError: not a regular file, larger than ``max_bytes``, or it cannot be read.
+    """
+    with os.fdopen(open_regular(path, follow=follow), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise DRTError(f"{path}: expected at most {max_bytes:,} bytes, got {size:,}")
+        try:
+            return file.read(max_bytes)
+        except OSError as error:
+            raise DRTError(f"{path}: cannot be read: {error.strerror}") from error
+
+
 def read_json(path: Path | str, max_bytes: int = 2**26, *, follow: bool = False) -> Any:
     """Read a JSON file that may come from a stranger; ``follow`` as for `open_regular`.
 
     Raises:
         DRTError: not a regular file, larger than ``max_bytes``, not UTF-8, not JSON, or nested too deeply.
     """
-    with os.fdopen(open_regular(path, follow=follow), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > max_bytes:
-            raise DRTError(f"{path}: expected at most {max_bytes:,} bytes of JSON, got {size:,}")
-        content = file.read(size)
+    content = read_bytes(path, max_bytes, follow=follow)
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from drt.errors import DRTError
 from drt.memory import Archive, ArchiveWriter, verify_archive
-from drt.memory.manifest import Manifest, Point, Segment, _text
+from drt.memory.manifest import MAX_COUNT, Manifest, Point, Segment, _text
 
 SEGMENTS = 8
 
@@ -287,11 +287,11 @@ def test_any_manifest_is_read_or_refused(whole: Path, tmp_path: Path, data: st.D
 @given(
     st.builds(
         Point,
-        segments=st.integers(0),
-        journal_bytes=st.integers(0),
-        chunks=st.integers(0),
-        tokens=st.integers(0),
-        text_bytes=st.integers(0),
+        segments=st.integers(0, MAX_COUNT),
+        journal_bytes=st.integers(0, MAX_COUNT),
+        chunks=st.integers(2**40, MAX_COUNT),
+        tokens=st.integers(0, 2**40),
+        text_bytes=st.integers(0, MAX_COUNT),
     )
 )
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])

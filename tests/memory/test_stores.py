@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf, nan
 
 import pytest
 import torch
 from torch import Tensor
 
+from drt.errors import DRTError
 from drt.memory import DeviceStore, HostStore
 
 SIZE, HEADS, DIM, WIDTH = 3, 2, 4, 5  # tokens, heads and width of a chunk; width of a landmark
@@ -241,6 +243,47 @@ def test_what_is_rounded(store_type: type[Store], dtype: str) -> None:
         else:
             assert torch.equal(got, given.to(getattr(torch, dtype)))
     assert torch.equal(read.lengths[:, 0], lengths)
+
+
+@pytest.mark.parametrize("store_type", [DeviceStore, HostStore])
+@pytest.mark.parametrize(
+    ("dtype", "value", "message"),
+    [
+        ("float16", 7e4, "in the range of float16, up to 65504, got 70000"),
+        ("float16", -7e4, "in the range of float16"),
+        ("bfloat16", 3.4e38, "in the range of bfloat16"),
+        ("float32", 1e39, "in the range of float32"),
+        ("int8", -1e39, "in the range of float32"),
+        *(
+            (dtype, value, "NaN or infinity")
+            for dtype in ("float16", "bfloat16", "float32", "int8")
+            for value in (inf, nan)
+        ),
+    ],
+)
+def test_what_a_dtype_cannot_hold_is_refused(
+    store_type: type[Store], dtype: str, value: float, message: str
+) -> None:
+    """It would be infinite, and NaN once it is attended to."""
+    for number, name in enumerate(("keys", "values")):
+        new = [tensor.double() if tensor.is_floating_point() else tensor for tensor in offer(2, 3)]
+        new[3][:] = SIZE - 1
+        store = store_type(dtype=dtype, page_size=4)
+        new[number][1, 2, SIZE - 1] = value  # past the end of a chunk anything may lie
+        store.append(*new, torch.tensor([3, 3]))
+        new[number][1, 2, 0, 1, 2] = value
+        with pytest.raises(DRTError, match=f"expected {name} .*{message}"):
+            store.append(*new, torch.tensor([3, 3]))
+        assert store.counts.tolist() == [3, 3]
+
+
+def test_the_smallest_numbers_fit_int8() -> None:
+    """Their scale is a denormal number, rounded by up to half of itself."""
+    keys, values, landmarks, lengths = offer(1, 1)
+    keys[:], lengths[:] = 180 * 1.4e-45, SIZE
+    store = DeviceStore(dtype="int8")
+    store.append(keys, values, landmarks, lengths, torch.tensor([1]))
+    assert (store.gather(torch.zeros(1, 1, 1, dtype=torch.long)).keys > 0).all()
 
 
 def test_an_unknown_dtype_is_named() -> None:

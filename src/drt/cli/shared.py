@@ -140,9 +140,9 @@ def check_maker(loaded: LoadedModel, archive: Archive) -> None:
     Raises:
         DRTError: they are not.
     """
-    from drt.models.drt.fingerprint import model_fingerprint, tokenizer_fingerprint
+    from drt.models.drt.archive_check import check_archive
 
-    archive.check(model_fingerprint(loaded.model), tokenizer_fingerprint(loaded.tokenizer))
+    check_archive(archive, loaded.model, loaded.tokenizer)
 
 
 def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path] = ()) -> None:

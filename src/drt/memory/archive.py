@@ -34,7 +34,7 @@ from drt.errors import DRTError
 from drt.files import open_regular
 from drt.memory.approximate_index import INDEX_FILE, ApproximateIndex, indexed_point, load_index
 from drt.memory.archive_files import ArchiveFiles, ArchivePage
-from drt.memory.chunk_codec import Fields
+from drt.memory.chunk_codec import Fields, is_finite
 from drt.memory.landmark_index import LandmarkIndex, NearestLandmarks, PlacedPage
 from drt.memory.manifest import DATA_FILES, Manifest, Point, Segment
 from drt.memory.paged_store import Page, PagedStore
@@ -43,6 +43,7 @@ from drt.memory.tensor_page import TensorPage
 MANIFEST, JOURNAL = "manifest.json", "segments.jsonl"
 SEARCHES = ("auto", "exact", "index")
 INDEXED_FROM = 2**20  # chunks; benchmarks/landmark_index.py measured where a search by index is worth it
+MAX_STATE_BYTES = 2**30  # of a decoding state: it is read whole
 _ATTEMPTS = 50  # a reader meets a commit between two of its reads very seldom twice in a row
 
 
@@ -199,6 +200,11 @@ class Archive:
         document = self._documents[number]
         entry = self._files.index(torch.tensor([chunk], device="cpu"))[0]
         start, stop = int(entry["start"]), int(entry["stop"])
+        if not 0 <= start <= stop <= document.num_bytes:
+            raise DRTError(
+                f"{self.path / DATA_FILES[2]} is damaged: chunk {chunk} has bytes {start} to {stop} of "
+                f"{document.num_bytes}"
+            )
         text = self._files.text(document.text_start + start, document.text_start + stop)
         return ChunkSource(document, start, stop, text)
 
@@ -351,6 +357,10 @@ def read_journal(path: Path, point: Point, verify: bool) -> list[Segment]:
         raise DRTError(f"{path} is damaged: {error}") from error
     if len(segments) != point.segments:
         raise DRTError(f"{path} is damaged: wanted {point.segments} segments, got {len(segments)}")
+    for name in ("chunks", "tokens", "text_bytes"):
+        count = sum(getattr(segment, name) for segment in segments)
+        if count != getattr(point, name):
+            raise DRTError(f"{path} is damaged: expected {getattr(point, name)} {name} in all, got {count}")
     return segments
 
 
@@ -375,6 +385,8 @@ def read_state(folder: Path, point: Point, verify: bool) -> dict[str, Tensor]:
     if point.state_file is None:
         return {}
     path = folder / point.state_file
+    if point.state_bytes > MAX_STATE_BYTES:
+        raise DRTError(f"{path}: expected at most {MAX_STATE_BYTES:,} bytes, got {point.state_bytes:,}")
     try:
         content = _read_start(path, point.state_bytes + 1)
     except DRTError as error:
@@ -389,9 +401,13 @@ def read_state(folder: Path, point: Point, verify: bool) -> dict[str, Tensor]:
     ):
         raise DRTError(f"{path} is damaged: its checksum is not the one in {MANIFEST}")
     try:
-        return load_tensors(content)
-    except SafetensorError as error:
+        state = load_tensors(content)
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
         raise DRTError(f"{path} is damaged: {error}") from error
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise DRTError(f"{path}: {name} holds values that are not finite; build the archive anew")
+    return state
 
 
 def _read_start(path: Path, num_bytes: int) -> bytes:

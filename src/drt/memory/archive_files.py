@@ -18,7 +18,7 @@ from torch import Tensor
 from drt.errors import DRTError
 from drt.files import open_regular
 from drt.memory.approximate_index import INDEX_FILE, ApproximateIndex
-from drt.memory.chunk_codec import ChunkCodec, FieldSpec, unpack
+from drt.memory.chunk_codec import ChunkCodec, FieldSpec, is_finite, unpack
 from drt.memory.manifest import DATA_FILES, ArchiveDescription, Segment
 from drt.memory.record_file import RecordFile
 
@@ -55,7 +55,7 @@ class ArchiveFiles:
     def __init__(
         self, path: Path, description: ArchiveDescription, writable: bool, verify: bool, create: bool = False
     ) -> None:
-        self.codec = ChunkCodec(description.dtype)
+        self.codec, self.chunk_size = ChunkCodec(description.dtype), description.chunk_size
         shape = (description.chunk_size, description.num_heads, description.head_dim)
         self.specs = (*self.codec.specs(*shape), FieldSpec((), torch.int64))
         self.landmark_dtype = LANDMARK_DTYPES[description.landmark_dtype]
@@ -98,16 +98,40 @@ class ArchiveFiles:
     def _starts(self, file: int) -> list[int]:
         return self._text_starts if file == TEXT else self._chunk_starts
 
-    def is_sound(self, number: int, file: int) -> bool:
-        """Whether what a segment has of a file is what was written."""
-        extent = self.extent(number, file)
+    def damage(self, number: int, file: int) -> str | None:
+        """What is wrong with what a segment has of a file; ``None``: it is what was written.
+
+        Raises:
+            DRTError: the file ends before it, or cannot be read.
+        """
+        extent, name = self.extent(number, file), self.files[file].name
         step = max(1, READ_BYTES // self.files[file].record_bytes)
-        crc = 0
+        crc, strange = 0, None
         for first in range(extent.first, extent.last, step):
-            crc = zlib.crc32(
-                self.files[file].read_range(first, min(first + step, extent.last)).numpy().data, crc
-            )
-        return crc == extent.crc32
+            records = self.files[file].read_range(first, min(first + step, extent.last))
+            crc = zlib.crc32(records.numpy().data, crc)
+            strange = strange or self.strange(file, records)
+        if crc != extent.crc32:
+            return f"{name} is damaged: segment {number} is not what was written"
+        return None if strange is None else f"{name}: segment {number} holds {strange}"
+
+    def strange(self, file: int, records: Tensor) -> str | None:
+        """What no archive holds, though its checksum be right, in records (n, record_bytes) of a file."""
+        if file == CHUNKS:
+            *fields, lengths = unpack(records, self.specs)
+            if bool(((lengths < 0) | (lengths > self.chunk_size)).any()):
+                return f"chunks of fewer than 0 or more than {self.chunk_size} tokens"
+            floats = [field for field in fields if field.is_floating_point()]
+        elif file == INDICES:
+            entries = records.numpy().view(INDEX)
+            start, stop, most = entries["start"], entries["stop"], self._text_starts[-1]
+            outside = (start < 0) | (stop < start) | (stop > most)
+            return f"chunks of text that is not in bytes 0 to {most}" if outside.any() else None
+        else:
+            floats = [records.view(self.landmark_dtype)] if file == LANDMARKS else []
+        if all(map(is_finite, floats)):
+            return None
+        return "values that are not finite; build the archive anew, with --dtype bfloat16 or float32"
 
     def check(self, file: int, records: Iterable[int]) -> None:
         """Check the segments that hold these records of a file, each once.
@@ -121,9 +145,9 @@ class ArchiveFiles:
         starts = self._starts(file)
         for number in sorted({bisect_right(starts, record) - 1 for record in records} - sound):
             if number < len(self._segments):  # beyond: not committed yet, written by this process
-                if not self.is_sound(number, file):
-                    name = self.files[file].name
-                    raise DRTError(f"{name} is damaged: segment {number} is not what was written")
+                problem = self.damage(number, file)
+                if problem is not None:
+                    raise DRTError(problem)
                 sound.add(number)
 
     def index(self, chunks: Tensor) -> NDArray[np.void]:
@@ -209,7 +233,8 @@ class ArchivePage:
 
     def landmarks_at(self, row: Tensor, slot: Tensor) -> Tensor:
         chunks = slot.cpu()
-        landmarks = self._files.files[LANDMARKS].read(chunks).view(self._files.landmark_dtype)
+        records = self._files.files[LANDMARKS].read(chunks)
+        landmarks = records.view(self._files.landmark_dtype)
         if self._index is None:
             self._files.check(LANDMARKS, chunks.tolist())
             return landmarks
@@ -219,6 +244,9 @@ class ArchivePage:
         if self._files.verify and not self._index.is_sound(chunks[indexed], landmarks[indexed]):
             name = self._files.files[LANDMARKS].name
             raise DRTError(f"{name} is damaged: a landmark is not the one that {INDEX_FILE} was made of")
+        strange = self._files.strange(LANDMARKS, records)
+        if strange is not None:
+            raise DRTError(f"{self._files.files[LANDMARKS].name}: chunks {chunks.tolist()} have {strange}")
         return landmarks
 
     def _check(self, chunks: Tensor, records: Tensor) -> None:
@@ -229,3 +257,6 @@ class ArchivePage:
             if zlib.crc32(record) != crc:
                 name = self._files.files[CHUNKS].name
                 raise DRTError(f"{name} is damaged: chunk {chunk} is not what was written")
+        strange = self._files.strange(CHUNKS, records)
+        if strange is not None:
+            raise DRTError(f"{self._files.files[CHUNKS].name}: chunks {chunks.tolist()} hold {strange}")

@@ -80,10 +80,9 @@ def _damaged(files: ArchiveFiles, number: int, on_progress: Callable[[int], None
     problems = []
     for file in range(len(DATA_FILES)):
         try:
-            if not files.is_sound(number, file):
-                problems.append(
-                    f"{files.files[file].name} is damaged: segment {number} is not what was written"
-                )
+            problem = files.damage(number, file)
+            if problem is not None:
+                problems.append(problem)
         except DRTError as error:
             problems.append(str(error))
         extent = files.extent(number, file)

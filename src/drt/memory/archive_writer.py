@@ -24,7 +24,7 @@ from drt.memory.approximate_index import INDEX_FILE, build_index, dump_index, tr
 from drt.memory.archive import JOURNAL, MANIFEST, Archive, ArchiveStore, Document
 from drt.memory.archive_files import CHUNKS, INDEX, INDICES, LANDMARKS, TEXT, ArchiveFiles, ArchivePage
 from drt.memory.archive_folder import NewFolder, lock_archive, remove_stale
-from drt.memory.chunk_codec import Fields, pack
+from drt.memory.chunk_codec import Fields, pack, round_to
 from drt.memory.manifest import DATA_FILES, ArchiveDescription, DocumentPart, Manifest, Point, Segment
 from drt.memory.record_file import RecordFile
 
@@ -305,7 +305,8 @@ class ArchiveWriter(Archive):
             raise ValueError(f"wanted chunks from number {first} on, got {slot.tolist()}")
         if not self._parts or self._parts[-1].ends:
             raise ValueError("begin a document before its chunks are appended")
-        records, vectors = pack(fields), pack((landmarks.to(self._files.landmark_dtype),))
+        landmarks = round_to(self._files.landmark_dtype, landmarks, "landmarks")
+        records, vectors = pack(fields), pack((landmarks,))
         for file, offered in zip(self._files.files, (records, vectors), strict=False):
             if offered.shape[1] != file.record_bytes:
                 raise ValueError(

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from drt.errors import DRTError
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 Fields = tuple[Tensor, ...]
 
@@ -42,7 +44,11 @@ class ChunkCodec:
         self.dtype = dtype
 
     def encode(self, keys: Tensor, values: Tensor, lengths: Tensor) -> Fields:
-        """Keys and values (..., S, h_kv, D) of chunks with ``lengths`` (...) tokens as fields."""
+        """Keys and values (..., S, h_kv, D) of chunks with ``lengths`` (...) tokens as fields.
+
+        Raises:
+            DRTError: they are not finite, or beyond the range of the dtype: what was held would be infinite.
+        """
         keys, values = keys.detach(), values.detach()
         if self.dtype is None:
             return keys, values
@@ -50,8 +56,10 @@ class ChunkCodec:
         if bool(outside.any()):
             keys, values = (x.masked_fill(outside[..., None, None], 0) for x in (keys, values))
         if self.dtype != "int8":
-            return keys.to(DTYPES[self.dtype]), values.to(DTYPES[self.dtype])
-        (keys, key_scale), (values, value_scale) = _to_int8(keys.float()), _to_int8(values.float())
+            dtype = DTYPES[self.dtype]
+            return round_to(dtype, keys, "keys"), round_to(dtype, values, "values")
+        keys, values = round_to(torch.float32, keys, "keys"), round_to(torch.float32, values, "values")
+        (keys, key_scale), (values, value_scale) = _to_int8(keys), _to_int8(values)
         return keys, values, torch.stack([key_scale, value_scale], -2)
 
     def decode(self, fields: Fields) -> tuple[Tensor, Tensor]:
@@ -80,7 +88,36 @@ def _to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """(..., S, h, D) in int8 and its scales (..., h)."""
     scale = tensor.abs().amax((-3, -1)) / 127
     divisor = torch.where(scale > 0, scale, 1)[..., None, :, None]
-    return (tensor / divisor).round_().to(torch.int8), scale
+    # The scale of magnitudes near the smallest float is rounded itself: its steps may be more than 127.
+    return (tensor / divisor).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+def round_to(dtype: torch.dtype, tensor: Tensor, what: str) -> Tensor:
+    """A tensor in a floating dtype.
+
+    Raises:
+        DRTError: it is not finite, or not in that dtype; the message calls it ``what``.
+    """
+    rounded = tensor.to(dtype)
+    if is_finite(rounded):
+        return rounded
+    name = str(dtype).removeprefix("torch.")
+    if not is_finite(tensor):
+        raise DRTError(
+            f"expected {what} of chunks that are finite, got NaN or infinity: the model computes them"
+        )
+    raise DRTError(
+        f"expected {what} of chunks in the range of {name}, up to {torch.finfo(dtype).max:.6g}, got "
+        f"{float(tensor.abs().max()):.6g}; hold them in bfloat16 or float32"
+    )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a floating tensor of any shape holds neither NaN nor infinity."""
+    if not tensor.numel():
+        return True
+    low, high = tensor.aminmax()  # many times as fast as isfinite().all(), and NaN is passed on
+    return bool(low.isfinite() & high.isfinite())
 
 
 def pack(fields: Fields) -> Tensor:

@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from reprlib import repr as short  # of a stranger's value: never long
 from typing import Any, Self, TypeVar, get_type_hints
 
 from drt.errors import DRTError
-from drt.files import open_regular
+from drt.files import read_bytes
 
 T = TypeVar("T")
 
 FORMAT = "drt-archive"
 FORMAT_VERSION = 1
 DATA_FILES = ("chunks.bin", "landmarks.bin", "index.bin", "text.bin")
+MAX_BYTES = 2**20  # of a manifest
+MAX_SIZE = 2**28  # of what is allocated for a chunk or a pass; no model comes near
+MAX_COUNT = (
+    2**53
+)  # of chunks or bytes: their sums and products with sizes fit 64 bits, or files that do not exist
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,11 @@ class ArchiveDescription:
     def __post_init__(self) -> None:
         sizes = ("chunk_size", "num_heads", "head_dim", "landmark_size", "segment_size")
         for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= MAX_SIZE:
+                raise ValueError(f"{name} must be 1 to {MAX_SIZE}, got {getattr(self, name)}")
+        numbers = 2 * self.chunk_size * self.num_heads * self.head_dim
+        if numbers > MAX_SIZE:
+            raise ValueError(f"a chunk must hold at most {MAX_SIZE} numbers, got {numbers}")
         if self.dtype not in ("bfloat16", "float32", "float16", "int8"):
             raise ValueError(f"dtype must be bfloat16, float32, float16 or int8, got {self.dtype!r}")
         if self.landmark_dtype not in ("float32", "bfloat16"):
@@ -91,8 +99,8 @@ class Point:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and value < 0:
-                raise ValueError(f"{field.name} must not be negative, got {value}")
+            if isinstance(value, int) and not 0 <= value <= MAX_COUNT:
+                raise ValueError(f"{field.name} must be 0 to {MAX_COUNT}, got {value}")
 
     @property
     def state_file(self) -> str | None:
@@ -162,12 +170,12 @@ class Segment:
         """
         value = json.loads(line)
         if not isinstance(value, dict) or value.keys() != {"crc32", "parts"}:
-            raise ValueError(f"wanted crc32 and parts, got {value!r}")
+            raise ValueError(f"wanted crc32 and parts, got {short(value)}")
         crc32, parts = value["crc32"], value["parts"]
         if not isinstance(crc32, list) or len(crc32) != len(DATA_FILES) or not all(map(_is_int, crc32)):
-            raise ValueError(f"crc32: wanted {len(DATA_FILES)} numbers, got {crc32!r}")
+            raise ValueError(f"crc32: wanted {len(DATA_FILES)} numbers, got {short(crc32)}")
         if not isinstance(parts, list):
-            raise ValueError(f"parts: wanted a list, got {parts!r}")
+            raise ValueError(f"parts: wanted a list, got {short(parts)}")
         return cls(tuple(crc32), tuple(from_json(DocumentPart, part, "parts") for part in parts))
 
 
@@ -198,14 +206,11 @@ class Manifest:
             DRTError: none there, one of a later format, or a damaged one.
         """
         try:
-            with os.fdopen(open_regular(path), "rb") as file:
-                raw = file.read()
+            raw = read_bytes(path, MAX_BYTES)
         except DRTError as error:
             if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
                 raise DRTError(f"{path.parent} is not an archive: it has no {path.name}") from error
             raise
-        except OSError as error:
-            raise DRTError(f"{path}: cannot be read: {error.strerror}") from error
         try:
             return cls._parse(raw)
         except (ValueError, RecursionError) as error:
@@ -221,18 +226,37 @@ class Manifest:
             raise ValueError(f'not the manifest of an archive: wanted "format": "{FORMAT}"')
         version = value.get("format_version")
         if version != FORMAT_VERSION or not _is_int(version):
-            raise ValueError(f"format version {version!r}, but this drt reads version {FORMAT_VERSION}")
+            raise ValueError(f"format version {short(version)}, but this drt reads version {FORMAT_VERSION}")
         digest = value.pop("sha256", None)
         if digest != hashlib.sha256(_text(value)).hexdigest() or raw != _text(value | {"sha256": digest}):
             raise ValueError("damaged: its checksum is not that of its content")
         if value.keys() != {"format", "format_version", "description", "head", "finished"}:
             raise ValueError(f"wanted description, head and finished, got {', '.join(sorted(value))}")
         finished = value["finished"]
-        return cls(
+        manifest = cls(
             from_json(ArchiveDescription, value["description"], "description"),
             from_json(Point, value["head"], "head"),
             None if finished is None else from_json(Point, finished, "finished"),
         )
+        manifest.check()
+        return manifest
+
+    def check(self) -> None:
+        """Compare the counts with each other.
+
+        Raises:
+            ValueError: no archive has them.
+        """
+        head, finished = self.head, self.finished or Point()
+        for name in ("segments", "journal_bytes", "chunks", "tokens", "text_bytes"):
+            held, most = getattr(finished, name), getattr(head, name)
+            if held > most:
+                raise ValueError(f"finished.{name}: expected at most {most}, as in head, got {held}")
+        most = head.chunks * self.description.chunk_size
+        if head.tokens > most:
+            raise ValueError(
+                f"head.tokens: expected at most {most} in {head.chunks} chunks, got {head.tokens}"
+            )
 
 
 def _text(value: Mapping[str, Any]) -> bytes:
@@ -247,8 +271,8 @@ def from_json(kind: type[T], value: object, where: str) -> T:
     """A dataclass of plain fields from a JSON object with just those fields."""
     types = get_type_hints(kind)
     if not isinstance(value, dict) or value.keys() != types.keys():
-        raise ValueError(f"{where}: wanted {', '.join(types)}, got {value!r}")
+        raise ValueError(f"{where}: wanted {', '.join(types)}, got {short(value)}")
     for name, wanted in types.items():
         if type(value[name]) is not wanted:
-            raise ValueError(f"{where}.{name}: wanted {wanted.__name__}, got {value[name]!r}")
+            raise ValueError(f"{where}.{name}: wanted {wanted.__name__}, got {short(value[name])}")
     return kind(**value)

@@ -10,6 +10,7 @@ import itertools
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -350,6 +351,55 @@ def test_another_model_or_tokenizer_is_refused(
         pytest.raises(DRTError, match="is empty"),
     ):
         read_documents(model, tokenizer, writer, files[1:])
+
+
+@pytest.mark.parametrize("field", ["chunk_size", "num_heads", "head_dim", "landmark_size"])
+def test_an_archive_of_other_sizes_is_refused(
+    model: DRTForCausalLM, tokenizer: ByT5Tokenizer, tmp_path: Path, field: str
+) -> None:
+    """Its fingerprint may be the model's: anybody can write that."""
+    made = describe_archive(model, tokenizer, model_name="small")
+    description = replace(made, **{field: getattr(made, field) + 1})
+    with ArchiveWriter.create(tmp_path / "a", description) as writer:
+        writer.commit({}, finished=True)
+    with pytest.raises(DRTError, match=f"expected {field} {getattr(made, field)}, got"):
+        DRTCache.open(tmp_path / "a", model)
+    (file,) = write(tmp_path / "texts", a=TEXT)
+    with ArchiveWriter.open(tmp_path / "a") as writer, pytest.raises(DRTError, match=f"expected {field}"):
+        read_documents(model, tokenizer, writer, [file])
+
+
+def test_a_decoding_state_that_does_not_fit_is_refused(
+    model: DRTForCausalLM, tokenizer: ByT5Tokenizer, tmp_path: Path
+) -> None:
+    path = build(model, tokenizer, tmp_path / "a", write(tmp_path / "texts", a=TEXT))
+    with Archive.open(path) as archive:
+        state, count = archive.state(), archive.num_chunks
+    changes: list[tuple[str, Tensor | None]] = [(name, None) for name in state]
+    for name, tensor in state.items():
+        longer = tensor.repeat_interleave(100, min(1, tensor.dim() - 1))
+        other = tensor.long() if tensor.is_floating_point() else tensor.float()
+        changes += [(name, wrong) for wrong in (longer, tensor[None], tensor[:0], other)]
+    changes += [
+        ("open_lengths", torch.tensor([-1])),
+        ("open_lengths", torch.tensor([2**40])),
+        ("closed_counts", torch.tensor([count + 1])),
+        ("closed_counts", torch.tensor([-(2**40)])),
+        ("selection.0.chunk_indices", torch.full_like(state["selection.0.chunk_indices"], count)),
+        ("selection.0.lengths", torch.full_like(state["selection.0.lengths"], 2**40)),
+        ("layer.0.keys", state["layer.0.keys"][:, 1:]),
+        ("layer.99.keys", state["layer.0.keys"]),
+        ("anything", torch.zeros(1)),
+    ]
+    with Archive.open(path) as archive:
+        for name, tensor in changes:
+            archive._state = state | {name: tensor} if tensor is not None else state.copy()
+            if tensor is None:
+                del archive._state[name]
+            with pytest.raises(DRTError, match=r"does not fit the model: in its decoding state, .*"):
+                DRTCache.open(archive, model)
+        archive._state = state
+        assert logits(model, DRTCache.open(archive, model)).isfinite().all()
 
 
 def test_a_conversation_is_appended_to_its_archive(

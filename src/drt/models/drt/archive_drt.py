@@ -14,6 +14,7 @@ from drt.data.token_stream import TokenPiece, TokenStream
 from drt.errors import DRTError
 from drt.machine import hold_interrupt
 from drt.memory import ArchiveDescription, ArchiveWriter, Document
+from drt.models.drt.archive_check import archive_sizes, check_archive
 from drt.models.drt.archive_sources import check_not_own, check_unfinished, document_name
 from drt.models.drt.cache_drt import DRTCache
 from drt.models.drt.chunk_layout import upper_reach
@@ -49,17 +50,13 @@ def describe_archive(
         raise DRTError(
             f"{model_name} has no chunk memory with learned landmarks: an archive needs a DRT model's"
         )
-    num_heads, head_dim = config.key_value_shape
     return ArchiveDescription(
         model_name=model_name,
         model_fingerprint=model_fingerprint(model),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        chunk_size=config.chunk_size,
-        num_heads=num_heads,
-        head_dim=head_dim,
-        landmark_size=config.hidden_size,
         segment_size=segment_size,
         dtype=dtype,
+        **archive_sizes(config),
     )
 
 
@@ -96,7 +93,7 @@ def read_documents(
     """
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() before reading")
-    writer.check(model_fingerprint(model), tokenizer_fingerprint(tokenizer))
+    check_archive(writer, model, tokenizer)
     files = [Path(path) for path in paths]
     if not files:
         raise DRTError(f"expected files for {writer.path} to read, got none")

@@ -16,9 +16,9 @@ from drt.memory import Archive, ArchiveDescription, ArchiveWriter, ChunkStore, D
 from drt.models.common.cache import WindowCacheLayer
 from drt.models.common.columns import ReadColumns
 from drt.models.common.rows import NewTokens
+from drt.models.drt.archive_check import check_archive
 from drt.models.drt.chunk_layout import ChunkLayout
 from drt.models.drt.configuration_drt import DRTConfig
-from drt.models.drt.fingerprint import model_fingerprint
 
 SAVED_AT_ONCE = 1024  # chunks
 
@@ -76,7 +76,7 @@ class DRTCache(Cache):
             DRTError: made by another model, or not finished; what `Archive.open` raises.
         """
         archive = archive if isinstance(archive, Archive) else Archive.open(archive)
-        archive.check(model_fingerprint=model_fingerprint(model))
+        check_archive(archive, model)
         if not archive.finished and isinstance(archive, ArchiveWriter):
             raise DRTError(f"{archive.path} is not finished: finish its build before asking")
         cache = cls(cast(DRTConfig, model.config), archive.store())
