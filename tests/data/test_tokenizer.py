@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from drt.data.haystack import Haystack
 from drt.data.tokenizer import (
+    BYTES,
     describe_tokenizer,
     fingerprint,
     load_tokenizer,
@@ -66,3 +68,13 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 def test_unknown_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DRTError, match="expected bytes, a folder or a name on the Hugging Face hub"):
         load_tokenizer(str(tmp_path))
+
+
+def test_all_of_them_pad_on_the_left(trained: Any, tmp_path: Path) -> None:
+    """A batch of prompts is gone on with at its right end; also where the files say otherwise."""
+    assert trained.padding_side == "left"
+    other = copy.deepcopy(trained)
+    other.padding_side = "right"
+    save_tokenizer(other, tmp_path / "right")
+    for name in (BYTES, str(tmp_path / "right")):
+        assert load_tokenizer(name).padding_side == "left"

@@ -11,6 +11,7 @@ from typing import Any
 from drt.errors import DRTError
 from drt.files import check_inputs, fill_folder
 
+PADDING_SIDE = "left"  # a batch of prompts is gone on with at its right end
 BYTES = "bytes"
 # Ids as the model's configuration has them by default (and as bytes have them): padding 0, end of a document 1.
 PAD, DOCUMENT_END = "<pad>", "<eos>"
@@ -62,7 +63,7 @@ def load_tokenizer(name: str) -> Any:
     from transformers import ByT5Tokenizer
 
     if name == BYTES:
-        return ByT5Tokenizer(extra_ids=0)
+        return ByT5Tokenizer(extra_ids=0, padding_side=PADDING_SIDE)
     try:
         return read_tokenizer(name)
     except DRTError as error:
@@ -86,7 +87,9 @@ def read_tokenizer(source: Path | str) -> Any:
     if Path(source).is_dir():
         check_inputs(Path(source))
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            source, trust_remote_code=False, local_files_only=True, padding_side=PADDING_SIDE
+        )
     # The library trusts that the JSON files hold what they should, and its parser of tokenizer.json raises Exception.
     except Exception as error:
         raise DRTError(f"{source}: {error or type(error).__name__}") from error
@@ -129,6 +132,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         pad_token=PAD,
         eos_token=DOCUMENT_END,
         clean_up_tokenization_spaces=False,
+        padding_side=PADDING_SIDE,
     )
 
 

@@ -11,7 +11,6 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    ByT5Tokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,7 +19,7 @@ from transformers import (
 
 import drt.models  # noqa: F401 (registers the models with the Auto classes)
 from drt.data.corpus import TOKENIZER, read_manifest
-from drt.data.tokenizer import fingerprint
+from drt.data.tokenizer import BYTES, fingerprint
 from drt.data.tokenizer import load_tokenizer as load_named_tokenizer
 from drt.errors import DRTError
 from drt.models.drt import DRTConfig
@@ -36,7 +35,7 @@ def make_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """
     held = None if config.init_from is None else load_tokenizer(Path(config.init_from))
     if not isinstance(config, LanguageModelConfig):
-        return ByT5Tokenizer(extra_ids=0) if held is None else held
+        return load_named_tokenizer(BYTES) if held is None else held
     tokenizer = _corpus_tokenizer(config)
     if held is not None and fingerprint(held) != fingerprint(tokenizer):
         raise DRTError(
