@@ -51,6 +51,24 @@ def test_value_and_gradients(
         assert_as_accurate(name, *results)
 
 
+@pytest.mark.parametrize("scales", [(1, 1), (150, 150), (60, 0)], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_float16_is_finite_where_float32_is(scales: tuple[int, int], autocast: bool) -> None:
+    """At 150 logits leave its range; at 60 the weight's gradient does, before it is divided by the rows."""
+    generator = torch.Generator().manual_seed(0)
+    states = scales[0] * torch.rand(3000, 16, generator=generator).half()
+    weight = scales[1] * (torch.randn(50, 16, generator=generator) + 1).half()
+    targets = torch.zeros(3000, dtype=torch.long)
+    states, weight = (x.requires_grad_() for x in (states, weight))
+    exact = run(plain, *(x.detach().double().requires_grad_() for x in (states, weight)), targets)
+    if autocast:
+        states, weight = (x.detach().float().requires_grad_() for x in (states, weight))
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        found = run(linear_cross_entropy, states, weight, targets)
+    for ours, wanted in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours.double(), wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max()))
+
+
 def test_finite_differences() -> None:
     torch.testing.assert_close(
         run(linear_cross_entropy, *draw(torch.float64)), run(plain, *draw(torch.float64))

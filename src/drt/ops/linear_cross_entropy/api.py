@@ -35,7 +35,8 @@ def linear_cross_entropy(
     """The mean of ``cross_entropy(states @ weight.T, targets)`` over the targets that are not ignored.
 
     Products are made in the autocast dtype where autocast is on, else in that of ``states``; the softmax and all sums
-    are float32 (float64 for float64). Gradient reaches ``states`` and ``weight``, once.
+    are float32 (float64 for float64), and so is what comes of float16 products, whose range logits and sums leave.
+    Gradient reaches ``states`` and ``weight``, once.
 
     Args:
         states: (N, H).
@@ -82,12 +83,15 @@ def _sum(
     for_states: bool,
     for_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum over the rows that count, and its gradients (empty where not wanted), made while logits are at hand."""
-    total, grad_states, grad_weight = _empty(states, weight, targets, counts, dtype, for_states, for_weight)
+    """The sum over the rows that count, and its gradients (empty where not wanted), made while logits are at hand.
+
+    That of the weight is float32 (float64 for float64): a sum over rows, it is rounded when it has been divided.
+    """
+    total, grad_states, _ = _empty(states, weight, targets, counts, dtype, for_states, False)
     total.zero_()
     kind, vocabulary = states.device.type, len(weight)
     columns = -vocabulary % COLUMNS.get(kind, 1) + vocabulary
-    sums = total.new_zeros(columns if for_weight else 0, weight.shape[1])
+    sums = total.new_zeros((columns, weight.shape[1]) if for_weight else 0)
     step = max(1, (BLOCK_ELEMENTS_CPU if kind == "cpu" else BLOCK_ELEMENTS) // columns)
     with torch.autocast(kind, enabled=False):
         matrix = weight.to(dtype)
@@ -96,18 +100,25 @@ def _sum(
         for start in range(0, len(states), step):
             part = slice(start, start + step)
             rows = states[part].to(dtype)
-            logits = rows @ matrix.T
+            logits = _product(rows, matrix.T)
             loss, grad = _implementation(logits).loss_and_gradient(
                 logits, targets[part], counts[part], vocabulary, for_states or for_weight
             )
             total += loss
+            grad = grad.to(dtype)
             if for_states:
-                grad_states[part] = grad @ matrix
+                grad_states[part] = _product(grad, matrix)
             if for_weight:
-                sums += grad.T @ rows
-    if for_weight:
-        grad_weight.copy_(sums[:vocabulary])
-    return total, grad_states, grad_weight
+                sums += _product(grad.T, rows)
+    return total, grad_states, sums[:vocabulary]
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    if left.dtype != torch.float16:
+        return left @ right
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
 
 
 def _implementation(logits: Tensor) -> ModuleType:
@@ -128,15 +139,14 @@ def _empty(
     for_states: bool,
     for_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        states.new_empty((), dtype=torch.promote_types(states.dtype, torch.float32)),
-        states.new_empty(states.shape if for_states else (0,)),
-        weight.new_empty(weight.shape if for_weight else (0,)),
-    )
+    total = states.new_empty((), dtype=torch.promote_types(states.dtype, torch.float32))
+    grad_states = states.new_empty(states.shape if for_states else (0,))
+    return total, grad_states, total.new_empty(weight.shape if for_weight else (0,))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *_, ctx.for_states, ctx.for_weight = inputs
+    _, weight, *_, ctx.for_states, ctx.for_weight = inputs
+    ctx.weight_dtype = weight.dtype
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
@@ -144,7 +154,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     states, weight = ctx.saved_tensors
     scaled_states = (states * grad).to(states.dtype) if ctx.for_states else None
-    scaled_weight = (weight * grad).to(weight.dtype) if ctx.for_weight else None
+    scaled_weight = (weight * grad).to(ctx.weight_dtype) if ctx.for_weight else None
     return scaled_states, scaled_weight, None, None, None, None, None
 
 
