@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from drt.cli.answers import ruler, summarization
+from drt.cli.lm_eval import lm_eval
 from drt.cli.needle import needle
 from drt.cli.perplexity import perplexity, runs
 
@@ -16,5 +17,5 @@ def root() -> None:
     """Evaluate models: perplexity of whole documents, needles, benchmarks, summaries."""
 
 
-for command in (perplexity, runs, needle, ruler, summarization):
+for command in (perplexity, runs, needle, ruler, lm_eval, summarization):
     eval.command()(command)

@@ -157,6 +157,27 @@ class AnswerRecord(EvaluationRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HarnessRecord(EvaluationRecord):
+    """One number that lm-eval gives for one of its tasks, or for a group of them.
+
+    Attributes:
+        measure: such as `acc`, with the name of the answers' filter where there is one.
+        value: in the measure's own unit.
+        standard_error: of the value; None where lm-eval gives none.
+        shots: examples before each question; None for a group.
+        questions: that were asked; None for a group.
+        version: the task's.
+    """
+
+    measure: str
+    value: float
+    standard_error: float | None
+    shots: int | None
+    questions: int | None
+    version: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingRecord(EvaluationRecord):
     """How a checkpoint came to be; its task is `training`, its device the one that it was trained on.
 
@@ -226,6 +247,7 @@ KINDS: tuple[type[EvaluationRecord], ...] = (
     NeedleRecord,
     PerplexityRecord,
     AnswerRecord,
+    HarnessRecord,
     TrainingRecord,
     RetrievalRecord,
 )

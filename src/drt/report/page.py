@@ -19,6 +19,7 @@ from drt.eval.perplexity import COLUMNS
 from drt.eval.results import (
     AnswerRecord,
     EvaluationRecord,
+    HarnessRecord,
     NeedleRecord,
     PerplexityRecord,
     TrainingRecord,
@@ -36,6 +37,7 @@ from drt.report.tables import (
     best_model,
     best_number,
     difference_table,
+    harness_table,
     needle_table,
     perplexity_table,
     seeds_table,
@@ -106,6 +108,8 @@ def build_page(
     answers = _of_kind(records, AnswerRecord)
     for task in dict.fromkeys(record.task for record in answers):
         blocks.append(answer_table(task, group_seeds([record for record in answers if record.task == task])))
+    if harness := _of_kind(records, HarnessRecord):
+        blocks.append(harness_table(group_seeds(harness)))
     return blocks
 
 

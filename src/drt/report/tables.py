@@ -10,6 +10,7 @@ from drt.eval.compare import compare_bits_per_byte
 from drt.eval.perplexity import COLUMNS, score_by_position, total_score
 from drt.eval.results import (
     AnswerRecord,
+    HarnessRecord,
     NeedleRecord,
     PerplexityRecord,
     TrainingRecord,
@@ -176,6 +177,25 @@ def answer_table(task: str, models: Models[AnswerRecord]) -> Table:
             means = (f"{100 * sum(found) / len(found):.2f}" if found else ABSENT for found in scores)
             rows.append((name, label, str(len(chosen)), *means))
     return Table(task, ("model", "length", "questions", *(f"{name}, %" for name in measures)), tuple(rows))
+
+
+def harness_table(models: Models[HarnessRecord]) -> Table:
+    """What lm-eval gave: one row a task, measure and model, several training seeds in rows of their own."""
+    found = [(record, name) for name, records in models.items() for record in records]
+    found.sort(key=lambda one: (one[0].task, one[0].measure))  # stable: models stay in their order
+    rows = [
+        (
+            name,
+            record.task,
+            record.measure,
+            f"{record.value:.4g}",
+            ABSENT if record.standard_error is None else f"{record.standard_error:.2g}",
+            *(ABSENT if count is None else str(count) for count in (record.shots, record.questions)),
+        )
+        for record, name in found
+    ]
+    columns = ("model", "task", "measure", "value", "standard error", "shots", "questions")
+    return Table("lm-eval", columns, tuple(rows))
 
 
 def _by_length(task: str, records: Sequence[AnswerRecord]) -> list[tuple[str, list[AnswerRecord]]]:

@@ -57,6 +57,15 @@ class OwnCacheGenerationMixin(GenerationMixin):
         """An empty cache."""
         raise NotImplementedError
 
+    def closes_prompt(self, wanted: bool | None = None, generation_config: Any = None) -> bool:
+        """Whether `generate` closes the open chunk at the end of a prompt; False where a model has no such chunks.
+
+        Args:
+            wanted: its argument ``close_prompt``, ``None`` where that is not given.
+            generation_config: the one in use. Default: the model's.
+        """
+        return False
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:

@@ -24,6 +24,11 @@ class DRTGenerationMixin(OwnCacheGenerationMixin):
     def generation_defaults(self) -> dict[str, Any]:
         return super().generation_defaults() | {"close_prompt": self.config.close_prompt}
 
+    def closes_prompt(self, wanted: bool | None = None, generation_config: Any = None) -> bool:
+        said = getattr(generation_config or self.generation_config, "close_prompt", None)
+        # A checkpoint's generation_config.json may not say.
+        return next(x for x in (wanted, said, self.config.close_prompt) if x is not None)
+
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any
     ) -> Any:
@@ -39,13 +44,9 @@ class DRTGenerationMixin(OwnCacheGenerationMixin):
             raise ValueError(
                 f"the prompt must go on after the {past} tokens that past_key_values holds, got {whole} tokens in all"
             )
-        close_prompt = model_kwargs.pop("close_prompt", None)
-        if close_prompt is None:
-            close_prompt = getattr(generation_config, "close_prompt", None)
-        if close_prompt is None:  # a checkpoint whose generation_config.json does not say
-            close_prompt = self.config.close_prompt
+        closes = self.closes_prompt(model_kwargs.pop("close_prompt", None), generation_config)
         goes_on = cache is not None and cache.answered_tokens == past and whole == past + 1
-        if close_prompt and not goes_on:
+        if closes and not goes_on:
             model_kwargs["prompt_length"] = whole
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)
 
