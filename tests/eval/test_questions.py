@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
@@ -123,3 +125,47 @@ def test_threads_get_the_answers_and_the_records_they_get_alone(
         found = list(pool.map(again, asked))
     for expected, answers in zip(alone, found, strict=True):
         assert answers == [expected] * 2
+
+
+def test_a_long_question_is_read_in_segments(
+    model: DRTForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    archive: Archive,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the checkpoint's generation configuration says; the answers and records are those of one pass."""
+    questions = ["".join(f"line {n}: {n * n % 1009} " for n in range(40)), "why?", "x" * 300]
+    whole = ask(model, tokenizer, archive, questions, 20)
+    lengths: list[int] = []
+    forward = model.model.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        lengths.append(kwargs["input_ids"].numel())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", watched)
+    monkeypatch.setattr(model.generation_config, "prefill_chunk_size", None)
+    monkeypatch.setattr("drt.eval.questions.PREFILL_CHUNK_SIZE", 120)
+    answers = ask(model, tokenizer, archive, questions, 20)
+    assert max(lengths) <= 120
+    assert len(lengths) > 12
+    assert [answer.text for answer in answers] == [answer.text for answer in whole]
+    for one, other in zip(answers, whole, strict=True):
+        assert len(one.records) == len(other.records) > 0
+        for record, expected in zip(one.records, other.records, strict=True):
+            assert record.weight == pytest.approx(expected.weight, abs=1e-4)
+            assert replace(record, weight=0.0) == replace(expected, weight=0.0)
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_chunks_of_a_conversation_are_those_that_the_model_made(
+    model: DRTForCausalLM, tokenizer: PreTrainedTokenizerBase, archive: Archive, closes: bool
+) -> None:
+    """A model that was trained on plain text closes no chunk at the question's end."""
+    (answer,) = ask(model, tokenizer, archive, [QUESTION], 40, close_prompt=closes)
+    length, size, first = len(QUESTION), model.config.chunk_size, archive.num_chunks
+    starts = {record.chunk - first: record.start for record in answer.records if record.chunk >= first}
+    assert starts
+    for number, start in starts.items():
+        own = number - (-(-length // size))
+        assert start == (size * number if not closes or own < 0 else length + size * own)

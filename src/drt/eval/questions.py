@@ -16,6 +16,7 @@ from drt.errors import DRTError
 from drt.eval.results import RetrievalRecord
 from drt.eval.retrieval import Answer, RetrievalTrace, Selection
 from drt.memory import Archive
+from drt.models.common.generation import PREFILL_CHUNK_SIZE
 from drt.models.drt import DRTCache, DRTForCausalLM
 
 CONVERSATION = "question and answer"  # the document of chunks that are not the archive's
@@ -57,19 +58,23 @@ def ask(
     cache = DRTCache.open(archive, model)
     cache.select_rows(torch.zeros(len(prompts), dtype=torch.long, device="cpu"))
     ids, mask = _left_padded(prompts, model.device)
-    trace = RetrievalTrace(cache)
+    trace, closes = RetrievalTrace(cache), _closes_prompt(model, options)
+    segment = max(
+        PREFILL_CHUNK_SIZE // len(prompts), 1
+    )  # whatever the checkpoint says: questions may be long
     sequences = model.generate(  # type: ignore[misc]
         ids,
         attention_mask=mask,
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
         logits_processor=LogitsProcessorList([trace]),
-        **{"do_sample": False, "pad_token_id": 0} | options,
+        **{"do_sample": False, "pad_token_id": 0, "prefill_chunk_size": segment} | options,
     )
     answers = []
     for row, question in enumerate(questions):
         generated = _until_end(sequences[row, ids.shape[1] :].tolist(), model.generation_config.eos_token_id)
-        passages = _Passages(archive, codec, prompts[row].tolist(), generated, model.config.chunk_size)
+        bounds = _chunk_bounds(len(prompts[row]), len(generated), model.config.chunk_size, closes)
+        passages = _Passages(archive, codec, prompts[row].tolist() + generated, bounds)
         common: dict[str, Any] = {
             "task": "retrieval",
             "checkpoint": archive.description.model_name,
@@ -105,6 +110,20 @@ def _until_end(token_ids: list[int], ends: int | list[int] | None) -> list[int]:
     return list(takewhile(lambda token: token not in stops, token_ids))
 
 
+def _closes_prompt(model: DRTForCausalLM, options: dict[str, Any]) -> bool:
+    """Whether `generate` closes a question's last chunk at its end."""
+    for owner in (options, vars(model.generation_config)):
+        if owner.get("close_prompt") is not None:
+            return bool(owner["close_prompt"])
+    return bool(model.config.close_prompt)
+
+
+def _chunk_bounds(prompt: int, generated: int, chunk_size: int, closes: bool) -> list[int]:
+    """Where chunks begin, and the last one ends, in a prompt and an answer of so many tokens."""
+    first = prompt if closes else 0
+    return [*range(0, first, chunk_size), *range(first, prompt + generated + chunk_size, chunk_size)]
+
+
 def _describe(
     selection: Selection, step: int, codec: TextCodec, generated: list[int], passages: _Passages
 ) -> Iterator[dict[str, Any]]:
@@ -126,21 +145,13 @@ class _Passages:
     Args:
         archive: open.
         codec: of the model's tokenizer.
-        prompt: tokens of the question.
-        generated: tokens of the answer.
-        chunk_size: tokens of a full chunk; the question's last chunk closes where it ends.
+        tokens: of the question and its answer.
+        bounds: where their chunks begin and end.
     """
 
-    def __init__(
-        self, archive: Archive, codec: TextCodec, prompt: list[int], generated: list[int], chunk_size: int
-    ) -> None:
+    def __init__(self, archive: Archive, codec: TextCodec, tokens: list[int], bounds: list[int]) -> None:
         self.archive, self.codec = archive, codec
-        self.tokens = prompt + generated
-        length = len(prompt)
-        self.bounds = [
-            *range(0, length, chunk_size),
-            *range(length, len(self.tokens) + chunk_size, chunk_size),
-        ]
+        self.tokens, self.bounds = tokens, bounds
 
     def find(self, chunk: int) -> dict[str, Any]:
         """The fields of a record that say what a chunk holds."""
