@@ -237,6 +237,26 @@ def test_values_that_are_not_finite(
     assert len(verify_archive(path)) == 1
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_state_that_is_not_finite_is_not_committed(path: Path, value: float) -> None:
+    with ArchiveWriter.open(path) as writer:
+        writer.begin_document("one")
+        with pytest.raises(DRTError, match="NaN or infinity in at"):
+            writer.commit({"at": torch.tensor([value])}, finished=True)
+    assert verify_archive(path) == []
+
+
+@pytest.mark.parametrize("file", ["state", "segments.jsonl"])
+def test_a_file_of_holes_is_not_read(path: Path, file: str) -> None:
+    """It takes no room on a disk, and all of it in memory."""
+    size = 2**40
+    name = "state_bytes" if file == "state" else "journal_bytes"
+    forge(path, lambda manifest, lines: [manifest[p].update({name: size}) for p in ("head", "finished")])
+    with next(path.glob(f"{file}*")).open("r+b") as opened:
+        opened.truncate(size)
+    assert_refused(path, f"{file}.*: expected at most")
+
+
 @pytest.mark.parametrize("length", [-1, 10**12])
 def test_lengths_that_no_chunk_has(tmp_path: Path, length: int) -> None:
     new = list(offer(0))

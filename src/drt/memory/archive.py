@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import os
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,7 @@ from typing import NamedTuple, Self
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from drt.errors import DRTError
@@ -43,7 +45,7 @@ from drt.memory.tensor_page import TensorPage
 MANIFEST, JOURNAL = "manifest.json", "segments.jsonl"
 SEARCHES = ("auto", "exact", "index")
 INDEXED_FROM = 2**20  # chunks; benchmarks/landmark_index.py measured where a search by index is worth it
-MAX_STATE_BYTES = 2**30  # of a decoding state: it is read whole
+MAX_READ_BYTES = 2**30  # of a journal and of a decoding state, which are read whole
 _ATTEMPTS = 50  # a reader meets a commit between two of its reads very seldom twice in a row
 
 
@@ -370,9 +372,26 @@ def check_index(folder: Path, point: Point) -> None:
     Raises:
         DRTError: of another one.
     """
-    content = _read_start(folder / JOURNAL, point.journal_bytes)
+    content = _read_start(folder / JOURNAL, min(point.journal_bytes, MAX_READ_BYTES))
     if hashlib.sha256(content).hexdigest() != point.journal_sha256:
         raise DRTError(f"{folder / INDEX_FILE} was made of another archive; drt memory index makes it anew")
+
+
+def dump_state(state: Mapping[str, Tensor]) -> bytes:
+    """What `read_state` reads.
+
+    Raises:
+        DRTError: it is not finite, or larger than what is read.
+    """
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise DRTError(
+                f"expected a decoding state that is finite, got NaN or infinity in {name}: the model computes them"
+            )
+    content = save_tensors(dict(state)) if state else b""
+    if len(content) > MAX_READ_BYTES:
+        raise DRTError(f"expected a decoding state of at most {MAX_READ_BYTES:,} bytes, got {len(content):,}")
+    return content
 
 
 def read_state(folder: Path, point: Point, verify: bool) -> dict[str, Tensor]:
@@ -385,8 +404,6 @@ def read_state(folder: Path, point: Point, verify: bool) -> dict[str, Tensor]:
     if point.state_file is None:
         return {}
     path = folder / point.state_file
-    if point.state_bytes > MAX_STATE_BYTES:
-        raise DRTError(f"{path}: expected at most {MAX_STATE_BYTES:,} bytes, got {point.state_bytes:,}")
     try:
         content = _read_start(path, point.state_bytes + 1)
     except DRTError as error:
@@ -416,6 +433,8 @@ def _read_start(path: Path, num_bytes: int) -> bytes:
     Raises:
         DRTError: it is no regular file, or cannot be read.
     """
+    if num_bytes > MAX_READ_BYTES + 1:
+        raise DRTError(f"{path}: expected at most {MAX_READ_BYTES:,} bytes, got {num_bytes:,}")
     with os.fdopen(open_regular(path), "rb") as file:
         try:  # no more is allocated than there is: the number may be a stranger's
             return file.read(min(num_bytes, os.fstat(file.fileno()).st_size))

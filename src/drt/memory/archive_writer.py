@@ -15,13 +15,12 @@ from typing import NoReturn, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from drt.errors import DRTError
 from drt.files import FileLock, atomic_write, open_regular
 from drt.memory.approximate_index import INDEX_FILE, build_index, dump_index, training_size
-from drt.memory.archive import JOURNAL, MANIFEST, Archive, ArchiveStore, Document
+from drt.memory.archive import JOURNAL, MANIFEST, Archive, ArchiveStore, Document, dump_state
 from drt.memory.archive_files import CHUNKS, INDEX, INDICES, LANDMARKS, TEXT, ArchiveFiles, ArchivePage
 from drt.memory.archive_folder import NewFolder, lock_archive, remove_stale
 from drt.memory.chunk_codec import Fields, pack, round_to
@@ -233,7 +232,7 @@ class ArchiveWriter(Archive):
         head = self.point
         parts = [part for part in self._parts if part.chunks or (part.ends and not part.begins)]
         segment = Segment(tuple(self._crc32), tuple(parts))
-        line, content = segment.line(), save_tensors(dict(state)) if state else b""
+        line, content = segment.line(), dump_state(state)
         digest = self._journal_digest.copy()
         digest.update(line)
         point = Point(
