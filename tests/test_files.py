@@ -19,6 +19,7 @@ from drt.files import (
     fill_folder,
     is_locked,
     lock_file,
+    new_folder,
     open_regular,
     read_json,
     write_text,
@@ -180,3 +181,38 @@ def test_a_folder_that_cannot_be_filled_stays_as_it_was(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"b", "file"}
     with pytest.raises(DRTError, match="file: cannot be written"), fill_folder(tmp_path / "file"):
         pytest.fail("a file is no folder")
+
+
+def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "final"
+    with new_folder(folder) as temporary:
+        (temporary / "deep").mkdir()
+        (temporary / "deep" / "file").write_text("x")
+        assert not folder.exists()
+    assert (folder / "deep" / "file").read_text() == "x"
+    (tmp_path / "other").mkdir()
+    assert folder.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+    def fail(path: Path) -> None:
+        with new_folder(path) as temporary:
+            (temporary / "file").write_text("half")
+            if path != folder:
+                raise KeyError
+
+    with pytest.raises(KeyError):
+        fail(tmp_path / "another")
+    with pytest.raises(DRTError, match="expected nothing there, got a folder"):
+        fail(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["final", "other"]
+    assert [path.name for path in folder.iterdir()] == ["deep"]
+
+
+def test_a_new_folder_is_synced_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr("drt.files._sync", lambda path, flags=0: synced.append(path.name))
+    monkeypatch.setattr("os.rename", lambda *_: synced.append("renamed"))
+    with new_folder(tmp_path / "final") as temporary:
+        (temporary / "file").write_text("x")
+    assert synced == ["file", temporary.name, "renamed", tmp_path.name]

@@ -160,9 +160,46 @@ def fill_folder(folder: Path | str) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Make a temporary folder that becomes ``folder`` when the block ends, whole or not at all.
+
+    Its files and names are synced before it is renamed. If the block raises, nothing is left of it.
+
+    Args:
+        folder: where nothing is yet.
+
+    Raises:
+        DRTError: something is there, or the folder cannot be written.
+    """
+    temporary: Path | None = None
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        temporary.chmod(0o777 & ~_mask())
+        yield temporary
+        sync_tree(temporary)
+        if os.path.lexists(folder):
+            raise DRTError(f"{folder}: expected nothing there, got {describe_kind(folder)}")
+        os.rename(temporary, folder)
+        temporary = None
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise DRTError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder outlive a power loss."""
     _sync(folder, os.O_DIRECTORY)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make everything in a folder, and the names in it, outlive a power loss."""
+    for path in sorted(folder.rglob("*")):
+        _sync(path)
+    sync_folder(folder)
 
 
 class FileLock:
@@ -359,6 +396,10 @@ def _permissions(path: Path) -> int:
     try:
         return stat.S_IMODE(path.stat().st_mode)
     except OSError:
-        mask = os.umask(0)
-        os.umask(mask)
-        return 0o666 & ~mask
+        return 0o666 & ~_mask()
+
+
+def _mask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

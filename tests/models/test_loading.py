@@ -188,6 +188,12 @@ def count_allocated() -> Iterator[Callable[[], int]]:
     yield lambda: 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
+def test_a_tokenizer_of_more_tokens_than_memory(refused: Callable[..., str], folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"extra_ids": 10**12}))
+    assert "tokenizer_config.json: extra_ids must be at most " in refused()
+
+
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"model_type": ' * 100_000])
 def test_deep_nesting(refused: Callable[..., str], folder: Path, content: str) -> None:
     (folder / "config.json").write_text(content)

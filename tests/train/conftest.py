@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from drt.data.prepare import PrepareConfig, prepare_corpus
 from drt.data.sources import Source
 from drt.data.tokenizer import save_tokenizer, train_tokenizer
 from drt.train.config import DataConfig, OptimizerConfig, StageConfig, TrainConfig, ValidationConfig
+from drt.train.trainer import NeedleTrainer
+
+sys.path.insert(0, str(Path(__file__).parent))  # for what the tests of runs share
+
+from runs import Run
 
 TINY_MODEL = {
     "hidden_size": 32,
@@ -92,3 +98,20 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     prepare_corpus(config, folder / "corpus")
     return folder / "corpus"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    run = Run()
+    compute_loss = NeedleTrainer.compute_loss
+
+    def record(self: NeedleTrainer, model, inputs, *args, **kwargs):
+        step = self.state.global_step
+        run.before_step.get(step, lambda: None)()
+        loss = compute_loss(self, model, inputs, *args, **kwargs)
+        run.losses[step] = loss.item()
+        run.stages[step] = inputs["input_ids"].shape[1] // 15
+        return loss
+
+    monkeypatch.setattr(NeedleTrainer, "compute_loss", record)
+    return run

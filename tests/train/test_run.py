@@ -1,71 +1,23 @@
-"""Whole runs: stopped and resumed, interrupted, killed in a save, and refused."""
+"""Whole runs: from start to export, stopped and resumed, interrupted, and refused."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from rich.console import Console
+from runs import BestAfter, Killed, MakeConfig, Run, comparable, kill, press
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import drt.train.trainer
 from drt.errors import DRTError, Interrupted
 from drt.train.checkpoints import find_checkpoints
-from drt.train.config import OptimizerConfig, TrainConfig, config_to_dict, load_config
+from drt.train.config import config_to_dict, load_config
 from drt.train.logs import read_metrics
-from drt.train.run import prepare_output, run_training
 from drt.train.trainer import NeedleTrainer
-
-MakeConfig = Callable[..., TrainConfig]
-
-
-class Killed(Exception):
-    """Stands for SIGKILL: nothing of drt's catches it, so nothing is tidied up."""
-
-
-class Run:
-    """Runs a configuration, collecting the loss of every step; `before_step[n]` is called before step n."""
-
-    def __init__(self) -> None:
-        self.losses: dict[int, float] = {}
-        self.stages: dict[int, int] = {}
-        self.before_step: dict[int, Callable[[], None]] = {}
-        self.output = io.StringIO()
-
-    def __call__(self, config: TrainConfig) -> Path:
-        return run_training(config, ["drt", "train", "run.yaml"], Console(file=self.output, width=200))
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    run = Run()
-    compute_loss = NeedleTrainer.compute_loss
-
-    def record(self: NeedleTrainer, model, inputs, *args, **kwargs):
-        step = self.state.global_step
-        run.before_step.get(step, lambda: None)()
-        loss = compute_loss(self, model, inputs, *args, **kwargs)
-        run.losses[step] = loss.item()
-        run.stages[step] = inputs["input_ids"].shape[1] // 15
-        return loss
-
-    monkeypatch.setattr(NeedleTrainer, "compute_loss", record)
-    return run
-
-
-def _kill() -> None:
-    raise Killed
-
-
-def _press() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_run_from_start_to_export(run: Run, make_config: MakeConfig) -> None:
@@ -112,7 +64,7 @@ def test_a_killed_run_resumes_bit_for_bit(run: Run, make_config: MakeConfig, kil
     run(make_config("whole"))
     expected = dict(run.losses)
     run.losses.clear()
-    run.before_step[killed_at] = _kill
+    run.before_step[killed_at] = kill
     with pytest.raises(Killed):
         run(make_config("killed"))
     run.before_step.clear()
@@ -124,13 +76,9 @@ def test_a_killed_run_resumes_bit_for_bit(run: Run, make_config: MakeConfig, kil
     assert run.losses == {step: expected[step] for step in run.losses}
     folders = [Path(make_config(name).output_dir) for name in ("whole", "killed")]
     whole, killed = (
-        [_comparable(line) for line in read_metrics(folder / "metrics.jsonl")] for folder in folders
+        [comparable(line) for line in read_metrics(folder / "metrics.jsonl")] for folder in folders
     )
     assert whole == killed
-
-
-def _comparable(line: dict) -> dict:
-    return {name: value for name, value in line.items() if name not in ("seconds", "tokens_per_second")}
 
 
 def test_another_seed_is_another_run(run: Run, make_config: MakeConfig) -> None:
@@ -144,7 +92,7 @@ def test_ctrl_c_saves_and_resumes(run: Run, make_config: MakeConfig) -> None:
     run(make_config("whole"))
     expected = dict(run.losses)
     run.losses.clear()
-    run.before_step[6] = _press
+    run.before_step[6] = press
     previous = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match=r"stopped after step 7 .* run the same command again"):
         run(make_config("stopped"))
@@ -174,33 +122,15 @@ def test_ctrl_c_in_validation_saves(
 
 def test_a_second_ctrl_c_saves_nothing(run: Run, make_config: MakeConfig) -> None:
     def press_twice() -> None:
-        _press()
-        _press()
+        press()
+        press()
 
     run.before_step[5] = press_twice
     config = make_config()
     with pytest.raises(KeyboardInterrupt) as stopped:
         run(config)
     assert stopped.type is KeyboardInterrupt  # not Interrupted, which promises a checkpoint
-    assert [folder.name for folder in find_checkpoints(Path(config.output_dir))[0]] == ["checkpoint-4"]
-
-
-class BestAfter:
-    """Stands for the validation: of the steps 4, 8 and 12 one is the best; `before[n]` is called at step n first."""
-
-    def __init__(self, run: Run, best: int) -> None:
-        self.run = run
-        self.best = best
-        self.before: dict[int, Callable[[], None]] = {}
-
-    def __call__(self, config: TrainConfig, tokenizer: object, check: Callable[[], None]):
-        def validate(model: object) -> dict[str, float]:
-            step = max(self.run.losses) + 1
-            self.before.get(step, lambda: None)()
-            check()
-            return {"score": -abs(step - self.best)}
-
-        return validate
+    assert find_checkpoints(Path(config.output_dir))[0][-1].name == "checkpoint-4"
 
 
 @pytest.mark.parametrize(
@@ -223,12 +153,12 @@ def test_no_validation_and_no_step_is_lost_or_added(
     run.losses.clear()
     config = make_config("stopped")
     if where.endswith("validation"):
-        validation.before = {12 if "last" in where else 8: _press}
+        validation.before = {12 if "last" in where else 8: press}
     elif "step" in where:
-        run.before_step = {11 if "last" in where else 7: _press}
+        run.before_step = {11 if "last" in where else 7: press}
     with monkeypatch.context() as patch:
         if where == "before the export":
-            patch.setattr("drt.train.run.export", lambda *_: _kill())
+            patch.setattr("drt.train.run.export", lambda *_: kill())
         with pytest.raises((Interrupted, Killed)):
             run(config)
     validation.before = run.before_step = {}
@@ -241,7 +171,7 @@ def test_no_validation_and_no_step_is_lost_or_added(
     assert [(record["steps"], record["exported_step"]) for record in records] == [(12, best)] * 2
     assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     metrics = [
-        [_comparable(line) for line in read_metrics(each / "metrics.jsonl")] for each in (whole, stopped)
+        [comparable(line) for line in read_metrics(each / "metrics.jsonl")] for each in (whole, stopped)
     ]
     assert metrics[0] == metrics[1]
 
@@ -252,11 +182,11 @@ def test_a_made_up_validation_can_be_interrupted(
     validation = BestAfter(run, 12)
     monkeypatch.setattr("drt.train.run.NeedleValidation", validation)
     config = make_config()
-    run.before_step[11] = _press
+    run.before_step[11] = press
     for _ in range(2):  # in the last step, then in its validation after going on
         with pytest.raises(Interrupted, match="stopped after step 12 "):
             run(config)
-        validation.before[12] = _press
+        validation.before[12] = press
     validation.before.clear()
     validated = [line["step"] for line in read_metrics(run(config) / "metrics.jsonl") if "eval_score" in line]
     assert validated == [4, 8, 12]
@@ -268,8 +198,8 @@ def test_a_made_up_validation_is_logged_once(
     monkeypatch.setattr("drt.train.run.NeedleValidation", BestAfter(run, 12))
     config = make_config()
     run.before_step = {
-        7: _press,
-        8: _kill,
+        7: press,
+        8: kill,
     }  # killed after the validation of step 8, before the next checkpoint
     for error in (Interrupted, Killed):
         with pytest.raises(error):
@@ -277,31 +207,6 @@ def test_a_made_up_validation_is_logged_once(
     run.before_step = {}
     validated = [line["step"] for line in read_metrics(run(config) / "metrics.jsonl") if "eval_score" in line]
     assert validated == [4, 8, 12]
-
-
-def test_a_kill_during_a_save_loses_one_interval(
-    run: Run, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = make_config()
-    output_dir = Path(config.output_dir)
-    mark_complete = drt.train.trainer.mark_complete
-
-    def killed_at_six(folder: Path) -> None:
-        if folder.name == "checkpoint-6":
-            (folder / "optimizer.pt").unlink()
-            raise Killed
-        mark_complete(folder)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(drt.train.trainer, "mark_complete", killed_at_six)
-        with pytest.raises(Killed):
-            run(config)
-    assert [folder.name for folder in find_checkpoints(output_dir)[0]] == ["checkpoint-4"]
-    run.losses.clear()
-    run(config)
-    assert "checkpoint-6 is incomplete (a save was cut short): skipped" in run.output.getvalue()
-    assert "going on from" in run.output.getvalue()
-    assert min(run.losses) == 4
 
 
 def test_only_the_best_and_the_last_checkpoint_stay(
@@ -340,36 +245,6 @@ def test_the_window_alone_can_be_trained(run: Run, make_config: MakeConfig) -> N
     assert len(run.losses) == 2
 
 
-def test_another_configurations_folder_is_refused(run: Run, make_config: MakeConfig) -> None:
-    run(make_config(max_steps=1, eval_every=0))
-    with pytest.raises(DRTError, match=r"another configuration \(seed: 0 there, 1 here\)"):
-        run(make_config(max_steps=1, eval_every=0, seed=1))
-
-
-@pytest.mark.parametrize("left", ["checkpoint-2", "final"])
-def test_any_checkpoint_makes_a_folder_a_run(run: Run, make_config: MakeConfig, left: str) -> None:
-    config = make_config()
-    prepare_output(config)
-    (Path(config.output_dir) / left).mkdir()
-    with pytest.raises(DRTError, match="another configuration"):
-        run(make_config(seed=1))
-
-
-def test_a_start_that_failed_locks_no_folder(run: Run, make_config: MakeConfig) -> None:
-    config = make_config(max_steps=1, eval_every=0)
-    with pytest.raises(DRTError, match="hiden_size"):
-        run(make_config(model={**config.model, "hiden_size": 3}))
-    final = run(config)
-    assert load_config(Path(config.output_dir) / "config.yaml") == config
-    assert json.loads((final / "training.json").read_text())["config"] == config_to_dict(config)
-
-
-def test_an_unwritable_output_folder_is_refused(run: Run, make_config: MakeConfig, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DRTError, match="wanted a folder that can be written"):
-        run(make_config("file/run"))
-
-
 def test_missing_haystack_is_named(run: Run, make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
     config.data.haystack[0] = str(tmp_path / "nothing.txt")
@@ -390,12 +265,6 @@ def test_bad_model_fields_are_refused(
     config = make_config()
     with pytest.raises(DRTError, match=message):
         run(make_config(model={**config.model, field: value}))
-
-
-def test_a_broken_loss_stops_the_run(run: Run, make_config: MakeConfig) -> None:
-    config = make_config(optimizer=OptimizerConfig(lr=1e30, min_lr=0.0, warmup_steps=0, clip=1e30))
-    with pytest.raises(DRTError, match=r"the loss became (nan|inf) before step"):
-        run(config)
 
 
 def test_config_file_of_a_run_trains_the_same(run: Run, make_config: MakeConfig) -> None:

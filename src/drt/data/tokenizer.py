@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from drt.errors import DRTError
-from drt.files import check_inputs, fill_folder
+from drt.files import check_inputs, fill_folder, read_json
 
 PADDING_SIDE = "left"  # a batch of prompts is gone on with at its right end
 BYTES = "bytes"
 # Ids as the model's configuration has them by default (and as bytes have them): padding 0, end of a document 1.
 PAD, DOCUMENT_END = "<pad>", "<eos>"
+
+# What the classes of the library make a list of before anything else is looked at.
+_COUNTS = ("extra_ids", "offset")
+_MOST_EXTRA_TOKENS = 2**16
 
 # What the fingerprint sees of merges and of the splitting into words: prose, code, numbers, spaces, other scripts.
 _PROBE = (
@@ -85,7 +89,7 @@ def read_tokenizer(source: Path | str) -> Any:
     from transformers import AutoTokenizer
 
     if Path(source).is_dir():
-        check_inputs(Path(source))
+        _check_files(Path(source))
     try:
         return AutoTokenizer.from_pretrained(
             source, trust_remote_code=False, local_files_only=True, padding_side=PADDING_SIDE
@@ -93,6 +97,20 @@ def read_tokenizer(source: Path | str) -> Any:
     # The library trusts that the JSON files hold what they should, and its parser of tokenizer.json raises Exception.
     except Exception as error:
         raise DRTError(f"{source}: {error or type(error).__name__}") from error
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse what the library would wait for, or take all memory for.
+
+    Raises:
+        DRTError: a file is none, or counts more extra tokens than any tokenizer has.
+    """
+    check_inputs(folder)
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path, follow=True) if path.is_file() else {}
+    for name in _COUNTS if isinstance(settings, dict) else ():
+        if isinstance(count := settings.get(name), int) and count > _MOST_EXTRA_TOKENS:
+            raise DRTError(f"{path}: {name} must be at most {_MOST_EXTRA_TOKENS:,}, got {count:,}")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:

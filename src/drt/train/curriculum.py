@@ -123,6 +123,10 @@ class RunningTotals(TrainerCallback, ExportableState):
             merged = reduce(self._sums)
             self._sums = merged if keep else torch.zeros_like(merged)
 
+    def peek(self) -> dict[str, float] | None:
+        """This process' sums since the last log by name; None where there was no step. Waits for the device."""
+        return None if self._sums is None else dict(zip(self.names, self._read(), strict=True))
+
     def take(self, reduce: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], float]:
         """Sums over all processes since the last call by name, and this one's tokens a second. Waits for the device.
 

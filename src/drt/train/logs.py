@@ -11,13 +11,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from drt.files import open_regular, write_text
+
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsFile(TrainerCallback):
     """Appends every log to `metrics.jsonl`, one JSON object a line, keyed by `step`.
 
-    A resumed run first drops the lines that the checkpoint does not hold: they are written again.
+    A run that goes on first writes the lines that its checkpoint knows of; later ones come again.
     """
 
     def __init__(self, output_dir: Path) -> None:
@@ -26,12 +28,8 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep the lines that the state which training goes on from knows of."""
-        known = {(logs["step"], is_validation(logs)) for logs in state.log_history}
-        kept = [line for line in read_metrics(self.path) if (line["step"], is_validation(line)) in known]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        """Begin with what was logged up to here."""
+        write_text(self.path, metrics_text(state))
 
     def on_log(
         self,
@@ -43,9 +41,19 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         """Append one line, unless it is the Trainer's closing summary."""
         if logs is not None and is_metrics(logs):
-            values = {name: value for name, value in logs.items() if name != "epoch"}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **values}) + "\n")
+            line = _metrics_line({"step": state.global_step, **logs})
+            with os.fdopen(open_regular(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as file:
+                file.write(line.encode("utf-8"))
+
+
+def metrics_text(state: TrainerState) -> str:
+    """The lines of a run's `metrics.jsonl` up to a state."""
+    logged = [{"step": logs["step"], **logs} for logs in state.log_history if is_metrics(logs)]
+    return "".join(map(_metrics_line, logged))
+
+
+def _metrics_line(logs: dict[str, Any]) -> str:
+    return json.dumps({name: value for name, value in logs.items() if name != "epoch"}) + "\n"
 
 
 def is_metrics(logs: dict[str, Any]) -> bool:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 
 import torch
-import yaml
 from rich.console import Console
 from transformers import (
     PreTrainedConfig,
@@ -22,23 +20,27 @@ from transformers import (
 from transformers.utils import logging
 
 from drt.errors import DRTError, Interrupted
+from drt.files import describe_kind, new_folder, write_text
 from drt.models.drt.embedder import attach_embedder
-from drt.terminal import PlainConsole
 from drt.train.batches import BatchMaker
-from drt.train.checkpoints import checkpoint_folder, find_checkpoints
-from drt.train.config import LanguageModelConfig, RunConfig, SummarizationConfig, TrainConfig, config_to_dict
+from drt.train.checkpoints import checkpoint_folder, find_fault
+from drt.train.config import LanguageModelConfig, RunConfig, SummarizationConfig, TrainConfig
 from drt.train.curriculum import RunningTotals
+from drt.train.folder import (
+    FINAL_FOLDER,
+    TENSORBOARD_FOLDER,
+    BestCheckpoint,
+    RunFolder,
+    find_resume_point,
+)
 from drt.train.interrupt import BetweenSteps, Interrupt
 from drt.train.language_model import LanguageModelTrainer
-from drt.train.logs import METRICS_FILE, Display, MetricsFile
+from drt.train.logs import METRICS_FILE, Display, MetricsFile, metrics_text
 from drt.train.models import build_model, make_tokenizer
 from drt.train.record import RECORD_FILE, training_record
 from drt.train.summarization import SummarizationTrainer
 from drt.train.trainer import NeedleTrainer, RunTrainer
 from drt.train.validation import NeedleValidation
-
-CONFIG_FILE = "config.yaml"
-FINAL_FOLDER = "final"
 
 
 def run_training(config: RunConfig, command: list[str], console: Console | None = None) -> Path:
@@ -63,17 +65,23 @@ def run_training(config: RunConfig, command: list[str], console: Console | None 
         Interrupted: Ctrl-C, after the step at hand was finished and a checkpoint written.
     """
     rank = int(os.environ.get("RANK", "0"))
-    console = PlainConsole(quiet=True) if rank else console or PlainConsole(stderr=True)
+    console = Console(quiet=True) if rank else console or Console(stderr=True)
+    if rank:
+        return _run(config, command, console, [])
+    with RunFolder(config) as folder:
+        return _run(config, command, console, [folder])
+
+
+def _run(config: RunConfig, command: list[str], console: Console, callbacks: list[TrainerCallback]) -> Path:
+    """What every process of a run does; only the first one has callbacks of its own."""
     output_dir = Path(config.output_dir)
-    if rank == 0:
-        prepare_output(config)
     final = output_dir / FINAL_FOLDER
     if final.exists():
         console.print(f"{final} exists: this run is finished. To train anew, choose another output_dir.")
         return final
-    resume = find_resume_point(output_dir, console)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise DRTError("device: wanted a GPU (cuda), but PyTorch sees none; device: auto uses the CPU then")
+    resume = find_resume_point(output_dir, console)
     if config.threads:
         torch.set_num_threads(config.threads)
 
@@ -82,22 +90,24 @@ def run_training(config: RunConfig, command: list[str], console: Console | None 
     tokenizer = make_tokenizer(config)
     model = build_model(config)
     attach_embedder(model, tokenizer)
-    if rank:
+    if rank := int(os.environ.get("RANK", "0")):
         set_seed(config.seed + rank)  # the weights are the same everywhere, the noise on the scores is not
     display = Display(console, len(config.curriculum) if isinstance(config, TrainConfig) else 1)
-    callbacks: list[TrainerCallback] = [display, interrupt]
+    callbacks = [*callbacks, BestCheckpoint(console), display, interrupt]
     if rank == 0:
-        callbacks = [MetricsFile(output_dir), *callbacks, tensorboard_callback(output_dir, resume)]
+        callbacks = [MetricsFile(output_dir), *callbacks]
     trainer = make_trainer(config, model, tokenizer, callbacks, interrupt)
     as_begun = deepcopy(model.config)  # a curriculum may change it
-    try:
-        # Several processes would not stop after the same step: Ctrl-C ends them, and the last checkpoint stays.
-        with interrupt if trainer.args.world_size == 1 else nullcontext():
-            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    except BetweenSteps:  # a second Ctrl-C, which may come anywhere in a step, is none and saves nothing
-        trainer.save_now()
-    finally:
-        display.close()
+    # Several processes would not stop after the same step: Ctrl-C ends them, and the last checkpoint stays.
+    stoppable = interrupt if trainer.args.world_size == 1 else nullcontext()
+    with tensorboard(trainer, output_dir, resume) if rank == 0 else nullcontext():
+        try:
+            with stoppable:
+                trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        except BetweenSteps:  # a second Ctrl-C, which may come anywhere in a step, is none and saves nothing
+            trainer.save_now()
+        finally:
+            display.close()
     if interrupt.requested:
         raise Interrupted(
             f"stopped after step {trainer.state.global_step} with a checkpoint in {output_dir}; "
@@ -136,60 +146,12 @@ def make_trainer(
     )
 
 
-def prepare_output(config: RunConfig) -> None:
-    """Create the run's folder and write its configuration there; if it holds a run, check that it is the same.
-
-    A start that failed before the first checkpoint leaves no run, so that the corrected configuration can follow.
-
-    Raises:
-        DRTError: the folder cannot be written, or holds another configuration's run.
-    """
-    output_dir = Path(config.output_dir)
-    values = config_to_dict(config)
-    path = output_dir / CONFIG_FILE
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output_dir).close()
-        stored = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
-    except OSError as error:
-        raise DRTError(f"output_dir {output_dir}: wanted a folder that can be written: {error}") from error
-    if stored is None or not holds_run(output_dir):
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-        os.replace(temporary, path)
-        return
-    differing = [
-        key for key in {**stored, **values} if key != "output_dir" and stored.get(key) != values.get(key)
-    ]
-    if differing:
-        shown = "; ".join(f"{key}: {stored.get(key)!r} there, {values.get(key)!r} here" for key in differing)
-        raise DRTError(
-            f"output_dir {output_dir} holds a run of another configuration ({shown}); "
-            f"choose another output_dir or delete that folder"
-        )
-
-
-def holds_run(output_dir: Path) -> bool:
-    """Whether a folder holds a run's checkpoints, whole or not, or its trained model."""
-    return any(find_checkpoints(output_dir)) or (output_dir / FINAL_FOLDER).exists()
-
-
-def find_resume_point(output_dir: Path, console: Console) -> Path | None:
-    """The newest whole checkpoint, None for a fresh start; says what is skipped."""
-    whole, incomplete = find_checkpoints(output_dir)
-    for folder in incomplete:
-        console.print(f"{folder} is incomplete (a save was cut short): skipped")
-    if whole:
-        console.print(f"going on from {whole[-1]}")
-    return whole[-1] if whole else None
-
-
-def tensorboard_callback(output_dir: Path, resume: Path | None) -> TrainerCallback:
-    """The Trainer's TensorBoard callback; a resumed run hides what the stopped one wrote after its
-    checkpoint.
+@contextmanager
+def tensorboard(trainer: RunTrainer, output_dir: Path, resume: Path | None) -> Iterator[None]:
+    """While training, log to TensorBoard; a resumed run hides what the stopped one wrote after its checkpoint.
 
     Raises:
-        DRTError: tensorboard is not installed.
+        DRTError: tensorboard is not installed, or something else than its folder is there.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -199,9 +161,13 @@ def tensorboard_callback(output_dir: Path, resume: Path | None) -> TrainerCallba
         ) from error
     from transformers.integrations.integration_utils import TensorBoardCallback
 
+    folder = output_dir / TENSORBOARD_FOLDER
+    if describe_kind(folder) not in ("nothing", "a folder"):
+        raise DRTError(f"{folder}: expected a folder or nothing there, got {describe_kind(folder)}")
     step = None if resume is None else int(resume.name.rpartition("-")[2]) + 1
-    writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=step)
-    return TensorBoardCallback(writer)
+    with SummaryWriter(str(folder), purge_step=step) as writer:
+        trainer.add_callback(TensorBoardCallback(writer))
+        yield
 
 
 def export(
@@ -211,15 +177,26 @@ def export(
     model_config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Write the best checkpoint by validation (without it, the last) to `final`, whole or not at all."""
+    """Write the best checkpoint by validation (without it, the last) to `final`, whole or not at all.
+
+    Raises:
+        DRTError: the checkpoint is damaged, or `final` cannot be written.
+    """
     output_dir = Path(config.output_dir)
     step = trainer.state.best_global_step or trainer.state.global_step
-    model = type(trainer.causal_lm).from_pretrained(checkpoint_folder(output_dir, step), config=model_config)
-    temporary = output_dir / f"{FINAL_FOLDER}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    shutil.copyfile(output_dir / METRICS_FILE, temporary / METRICS_FILE)
+    checkpoint = checkpoint_folder(output_dir, step)
+    if fault := find_fault(checkpoint):
+        raise DRTError(
+            f"{checkpoint} {fault}, and it is what should be exported; run the same command again: the run goes on "
+            "from the checkpoints that are whole"
+        )
+    model = type(trainer.causal_lm).from_pretrained(
+        checkpoint,
+        config=model_config,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
     record = training_record(
         config,
         command,
@@ -229,5 +206,8 @@ def export(
         seconds=trainer.find_callback(RunningTotals).elapsed(),
         device=str(trainer.args.device),
     )
-    (temporary / RECORD_FILE).write_text(record, encoding="utf-8")
-    os.replace(temporary, output_dir / FINAL_FOLDER)
+    with new_folder(output_dir / FINAL_FOLDER) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_text(temporary / METRICS_FILE, metrics_text(trainer.state))
+        write_text(temporary / RECORD_FILE, record)

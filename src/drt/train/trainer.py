@@ -25,7 +25,14 @@ from transformers import (
 
 from drt.errors import DRTError
 from drt.layers.retriever import Retriever
-from drt.train.checkpoints import checkpoint_folder, delete_others, explained, is_complete, mark_complete
+from drt.train.checkpoints import (
+    checkpoint_folder,
+    delete,
+    delete_others,
+    explained,
+    find_checkpoints,
+    mark_complete,
+)
 from drt.train.config import OptimizerConfig, RowsConfig, RunConfig, StageConfig, TrainConfig, config_to_dict
 from drt.train.curriculum import Curriculum, RunningTotals
 from drt.train.logs import is_validation
@@ -72,6 +79,7 @@ class RunTrainer(Trainer):
         self.config = config
         self.validate = validate
         self.causal_lm = model
+        self._saved_step: int | None = None
         if config.gradient_checkpointing:
             # transformers 5.23 calls it by another name than 5.17, and warns of the old one.
             enable = (
@@ -85,7 +93,7 @@ class RunTrainer(Trainer):
             train_dataset=Batches(self.batches),
             # The Trainer wants a data set before it validates; `evaluate` below makes its own samples.
             eval_dataset=Batches(self.batches) if validate is not None else None,
-            callbacks=[RunningTotals(totals), *callbacks, FlowCallback(self.validate_if_missed)],
+            callbacks=[RunningTotals(totals), *callbacks, FlowCallback(self.go_on)],
         )
         self.remove_callback(PrinterCallback)
 
@@ -130,11 +138,7 @@ class RunTrainer(Trainer):
             running = self.find_callback(RunningTotals)
             sums, tokens_per_second = running.take(self.sum_over_processes)
             means = self.means(sums)
-            if not math.isfinite(means["loss"]):
-                raise DRTError(
-                    f"the loss became {means['loss']} before step {self.state.global_step}; "
-                    f"a smaller optimizer.lr or dtype float32 may help"
-                )
+            self._refuse_broken("loss", means["loss"])
             logs = {
                 **means,
                 **self.speed(tokens_per_second * self.args.world_size),
@@ -143,6 +147,34 @@ class RunTrainer(Trainer):
                 "grad_norm": logs["grad_norm"],
             }
         super().log(logs)
+
+    def _refuse_broken(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise DRTError(
+                f"the {what} became {value} before step {self.state.global_step}; checkpoints from before that stay; "
+                "a smaller optimizer.lr or dtype float32 may help"
+            )
+
+    def refuse_broken_state(self) -> None:
+        """Look at what a checkpoint would hold: the loss since the last log, and the weights.
+
+        Raises:
+            DRTError: one of them is not finite, in any process.
+        """
+        sums = self.find_callback(RunningTotals).peek()
+        loss = 0.0 if sums is None or not any(sums.values()) else self.means(sums)["loss"]
+        # Sharded weights are looked at where they lie.
+        weights = (
+            getattr(weight, "to_local", lambda weight=weight: weight)()
+            for weight in self.causal_lm.parameters()
+        )
+        worst = torch.stack(
+            [weight.detach().abs().max().double() for weight in weights if weight.numel()]
+        ).max()
+        found = torch.stack([torch.tensor(loss, dtype=torch.float64, device=worst.device), worst])
+        loss, weight = self.sum_over_processes(found).tolist()
+        self._refuse_broken("loss", loss)
+        self._refuse_broken("largest weight", weight)
 
     def speed(self, tokens_per_second: float) -> dict[str, float]:
         """How fast the run is, all processes together."""
@@ -160,13 +192,15 @@ class RunTrainer(Trainer):
         self.causal_lm.eval()
         metrics = {f"eval_{name}": value for name, value in self.validate(self.causal_lm).items()}
         self.causal_lm.train()
+        self._refuse_broken("validation's score", metrics["eval_score"])
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def validate_if_missed(self) -> None:
-        """Validate the step that training goes on from if it was due and Ctrl-C came first."""
+    def go_on(self) -> None:
+        """Take the step that training goes on from as saved, and validate it if that was due and Ctrl-C came first."""
         step = self.state.global_step
+        self._saved_step = step or None
         if self.validate is None or step == 0:
             return
         due = step % self.config.eval_every == 0 or step >= self.state.max_steps
@@ -179,27 +213,35 @@ class RunTrainer(Trainer):
         return 0
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Save a checkpoint, mark it as whole, and only then delete what is neither the best nor the last.
+        """Save a checkpoint, list its files, and only then delete what is neither the best nor the last.
+
+        Where the last is the best, the one before it stays: there is always one to fall back on.
 
         Raises:
-            DRTError: it cannot be written: the disk is full, for one. What there is of it is deleted.
+            DRTError: the loss or a weight is no longer finite, or the checkpoint cannot be written: the disk is full,
+                for one. What there is of it is deleted.
         """
+        if self.state.global_step == self._saved_step:
+            return
         output_dir = Path(self.config.output_dir)
         folder = checkpoint_folder(output_dir, self.state.global_step)
-        if is_complete(folder):
-            return
         main = self.args.process_index == 0
         self.find_callback(RunningTotals).merge(self.sum_over_processes, main)
+        self.refuse_broken_state()
         with explained(folder):
+            if main:
+                delete(folder)  # of an attempt that was cut short, or damaged since
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if main:
                 mark_complete(folder)
+        self._saved_step = self.state.global_step
         if main:
-            best = self.state.best_global_step
-            delete_others(
-                output_dir, {folder} if best is None else {folder, checkpoint_folder(output_dir, best)}
-            )
+            best = checkpoint_folder(output_dir, self.state.best_global_step or self.state.global_step)
+            complete = find_checkpoints(output_dir)[0]
+            before = complete[: complete.index(folder)]
+            delete_others(output_dir, {folder, best} if best != folder else {folder, *before[-1:]})
         self.accelerator.wait_for_everyone()
 
     def save_now(self) -> None:
