@@ -10,7 +10,7 @@ from drt.layers.fixed_retrievers import EmbeddingRetriever, RandomRetriever
 
 def test_random_choices_are_even_and_repeat():
     ids = torch.randint(0, 1000, (1, 400, 7), generator=torch.Generator().manual_seed(0))
-    retriever = RandomRetriever(top_k=4, vocab_size=1000)
+    retriever = RandomRetriever(top_k=4)
     keys = retriever.encode(ids, torch.full(ids.shape[:2], 7))
     visible = torch.full((1, 400), 400)
     indices = retriever(keys, keys, visible).chunk_indices
@@ -26,13 +26,13 @@ def test_random_choices_are_even_and_repeat():
 def test_padding_of_a_short_chunk_is_no_text():
     ids = torch.tensor([[[3, 4, 5], [3, 4, 9]]])
     for lengths, same in (([[2, 2]], True), ([[3, 3]], False), ([[2, 3]], False)):
-        keys = RandomRetriever(1, 10).encode(ids, torch.tensor(lengths))
+        keys = RandomRetriever(1).encode(ids, torch.tensor(lengths))
         assert torch.equal(keys[0, 0], keys[0, 1]) == same
 
 
 def test_embeddings_are_compared_by_their_product():
     vectors = torch.nn.functional.normalize(torch.randn(6, 5), dim=-1)
-    retriever = EmbeddingRetriever(top_k=2, vocab_size=10)
+    retriever = EmbeddingRetriever(top_k=2)
     with pytest.raises(ValueError, match=r"call drt\.models\.drt\.embedder\.attach_embedder"):
         retriever.encode(torch.zeros(1, 6, 3, dtype=torch.long), torch.full((1, 6), 3))
     retriever.embedder = lambda ids, lengths: vectors

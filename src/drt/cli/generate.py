@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from drt.errors import DRTError
+from drt.models.common.devices import input_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +96,7 @@ def generate(
     tokens_a_pass = parse_length("--segment-size", segment_size)
     loaded = load_checkpoint(checkpoint, device, dtype)
     model, tokenizer, _ = loaded
-    ids = torch.from_numpy(TextCodec(tokenizer).encode(text)).long().to(model.device)[None]
+    ids = torch.from_numpy(TextCodec(tokenizer).encode(text)).long().to(input_device(model))[None]
     held = None if memory is None else DRTCache.open(open_archive(memory, loaded, search or "auto"), model)
     cache = read_segments(model, ids, tokens_a_pass, held)
     if not greedy:

@@ -15,6 +15,7 @@ from drt.eval.results import NeedleRecord
 from drt.machine import clock, peak_rss_bytes
 from drt.memory import DeviceStore
 from drt.memory.chunk_codec import DTYPES
+from drt.models.common.devices import input_device
 from drt.models.drt import DRTCache, DRTForCausalLM
 from drt.models.reading import read_text
 
@@ -275,7 +276,7 @@ def _read_and_answer(
     on_progress: Callable[[int], None] | None,
 ) -> _Answers:
     """Read prompts of equal length, `segment_size` tokens of each at a time, and continue them greedily."""
-    device = model.device
+    device = input_device(model)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     prompts = torch.stack(

@@ -18,6 +18,7 @@ from drt.errors import DRTError
 from drt.eval.documents import ByteCounter, Document, TokenIds
 from drt.eval.results import PerplexityRecord
 from drt.machine import clock, peak_rss_bytes
+from drt.models.common.devices import input_device
 
 TASK = "perplexity"
 POSITIONS = tuple(2**n for n in range(8, 25))  # ends of the buckets that a record keeps: 256, 512, ..., 16M
@@ -124,7 +125,7 @@ def token_losses(
     cache, counted = None, 0
     for read in range(0, losses.shape[1], segment_size):
         stop = min(read + segment_size, losses.shape[1])
-        window = torch.from_numpy(ids[:, read : stop + 1]).to(model.device).long()
+        window = torch.from_numpy(ids[:, read : stop + 1]).to(input_device(model)).long()
         output = model(input_ids=window[:, :-1], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         logits = output.logits.float().flatten(0, 1)

@@ -16,6 +16,7 @@ from drt.errors import DRTError
 from drt.eval.results import RetrievalRecord
 from drt.eval.retrieval import Answer, RetrievalTrace, Selection
 from drt.memory import Archive
+from drt.models.common.devices import input_device
 from drt.models.common.generation import PREFILL_CHUNK_SIZE
 from drt.models.drt import DRTCache, DRTForCausalLM
 
@@ -57,7 +58,7 @@ def ask(
     prompts = [codec.encode(question) for question in questions]
     cache = DRTCache.open(archive, model)
     cache.select_rows(torch.zeros(len(prompts), dtype=torch.long, device="cpu"))
-    ids, mask = _left_padded(prompts, model.device)
+    ids, mask = _left_padded(prompts, input_device(model))
     trace, closes = RetrievalTrace(cache), _closes_prompt(model, options)
     segment = max(
         PREFILL_CHUNK_SIZE // len(prompts), 1

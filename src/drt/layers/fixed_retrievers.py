@@ -30,13 +30,11 @@ class FixedRetriever(nn.Module):
 
     Args:
         top_k: chunks selected per query.
-        vocab_size: token ids are below it.
     """
 
-    def __init__(self, top_k: int, vocab_size: int) -> None:
+    def __init__(self, top_k: int) -> None:
         super().__init__()
         self.top_k = top_k
-        self.vocab_size = vocab_size
 
     def encode(self, chunk_ids: Tensor, chunk_lengths: Tensor) -> Tensor:
         """(B, N, S) token ids, a short chunk in the first slots, and (B, N) lengths to (B, N, E) float32 keys."""
@@ -93,7 +91,7 @@ class BM25Retriever(FixedRetriever):
         return bm25_features(chunk_ids, chunk_lengths)
 
     def select(self, query: Tensor, keys: Tensor | Sequence[Tensor], visible: Tensor) -> Tensor:
-        return select_by_bm25(query, keys, visible, top_k=self.top_k, vocab_size=self.vocab_size)[0]
+        return select_by_bm25(query, keys, visible, top_k=self.top_k)[0]
 
 
 class EmbeddingRetriever(FixedRetriever):

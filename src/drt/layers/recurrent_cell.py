@@ -80,7 +80,7 @@ class RecurrentCell(WindowAttention):
         state = self.first_state.expand(batch_size, -1, -1)
         return OpenBlock(state, empty, empty, torch.zeros(batch_size, dtype=torch.long, device="cpu"))
 
-    def read(
+    def forward(  # type: ignore[override]  # it carries a state
         self,
         hidden_states: Tensor,
         carried: OpenBlock | None,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationMixin, PreTrainedModel
 
+from drt.models.common.devices import input_device
 from drt.models.drt import DRTForCausalLM
 from drt.models.drt.chunk_layout import upper_reach
 
@@ -51,7 +52,7 @@ def read_text(
         for segment in part.split(segment_size, dim=1):
             if segment.shape[1] == 0:  # a part of no tokens is split into one segment of none
                 continue
-            ids = segment.to(model.device).long()
+            ids = segment.to(input_device(model)).long()
             if number == 0:
                 model.model.remember(ids, cache)
             else:
@@ -101,7 +102,7 @@ def read_and_generate(
         raise ValueError(f"wanted a model that can generate, got {type(model).__name__}")
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() before reading")
-    input_ids = input_ids.to(model.device)
+    input_ids = input_ids.to(input_device(model))
     cache = read_text(model, input_ids[:, :-1], segment_size, on_segment=on_segment)
     generated = model.generate(  # type: ignore[misc]
         input_ids,

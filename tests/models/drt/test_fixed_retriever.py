@@ -177,3 +177,22 @@ def test_configurations_that_make_no_sense(changes, message):
     with pytest.raises(StrictDataclassError) as refusal:
         DRTConfig(**changes)
     assert message in f"{refusal.value} {refusal.value.__cause__}"
+
+
+@pytest.mark.parametrize("retriever", ["learned", "random", "bm25", "embedding"])
+@torch.no_grad()
+def test_token_embeddings_can_be_resized_with_every_retriever(make_model, retriever):
+    """New tokens are read, retrieved by and predicted like old ones, in one pass and in several."""
+    model = make_model(retriever=retriever, num_groups=1, learned_temperature=False)
+    if retriever == "embedding":
+        model.model.retrievers[0].embedder = lambda ids, lengths: embed(ids % 50, lengths)
+    model.resize_token_embeddings(90)
+    assert model.config.vocab_size == model.vocab_size == 90
+    ids = torch.randint(60, 90, (2, 61), generator=torch.Generator().manual_seed(1))
+    out = model(ids, labels=ids, use_cache=False)
+    assert out.logits.shape == (2, 61, 90)
+    cache, parts = None, []
+    for part in ids.split(20, 1):
+        step = model(part, past_key_values=cache, use_cache=True)
+        cache, parts = step.past_key_values, [*parts, step.logits]
+    torch.testing.assert_close(torch.cat(parts, 1), out.logits, rtol=1e-4, atol=1e-3)

@@ -47,7 +47,7 @@ def test_each_chunk_finds_what_brute_force_finds(monkeypatch, counts, block, pag
     visible = torch.where(visible < torch.tensor(counts).unsqueeze(1), visible, 0)
     features = bm25_features(ids, lengths)
     held = features.split(6, 1) if pages else features
-    indices, scores = select_by_bm25(features, held, visible, top_k=4, vocab_size=VOCAB)
+    indices, scores = select_by_bm25(features, held, visible, top_k=4)
     check(ids, lengths, visible, indices, scores)
 
 
@@ -75,20 +75,18 @@ def test_later_chunks_ask_those_that_a_memory_holds():
     ids, lengths = make_chunks((50, 50))
     features = bm25_features(ids, lengths)
     visible = torch.arange(44, 50).expand(2, -1)
-    indices, scores = select_by_bm25(features[:, 44:], features, visible, top_k=3, vocab_size=VOCAB)
+    indices, scores = select_by_bm25(features[:, 44:], features, visible, top_k=3)
     check(ids, lengths, visible, indices, scores)
 
 
 def test_rounded_token_ids_are_refused():
     features = bm25_features(*make_chunks((4,)))
     with pytest.raises(ValueError, match=r"landmarks in float32, got torch\.bfloat16"):
-        select_by_bm25(features, features.bfloat16(), torch.arange(4)[None], top_k=2, vocab_size=VOCAB)
+        select_by_bm25(features, features.bfloat16(), torch.arange(4)[None], top_k=2)
 
 
 def test_nothing_to_find():
     features = bm25_features(*make_chunks((1,)))
     for held in (features, [], features[:, :0]):
-        indices, _ = select_by_bm25(
-            features, held, torch.zeros(1, 1, dtype=torch.long), top_k=2, vocab_size=VOCAB
-        )
+        indices, _ = select_by_bm25(features, held, torch.zeros(1, 1, dtype=torch.long), top_k=2)
         assert indices.tolist() == [[[-1, -1]]]

@@ -40,9 +40,9 @@ class RecurrentLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, state: RecurrentCacheLayer | None = None) -> Tensor:
         normed = self.attention_norm(hidden_states)
         if state is None:
-            read, _ = self.cell.read(normed, None, None, None)
+            read, _ = self.cell(normed, None, None, None)
         else:
-            read, state.block = self.cell.read(normed, state.block, state.row_lengths, state)
+            read, state.block = self.cell(normed, state.block, state.row_lengths, state)
         hidden_states = hidden_states + read
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 

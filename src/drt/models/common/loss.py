@@ -25,7 +25,8 @@ def needs_no_logits(
     """
     training = module.training and torch.is_grad_enabled()
     whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
-    plain = type(head) is nn.Linear and shift_labels is None
+    # Nor of one whose weight comes for the time of its call only, as accelerate's offloading has it.
+    plain = type(head) is nn.Linear and not hasattr(head, "_hf_hook") and shift_labels is None
     return labels is not None and training and whole and plain
 
 

@@ -14,6 +14,7 @@ from drt.data.token_stream import TokenPiece, TokenStream
 from drt.errors import DRTError
 from drt.machine import hold_interrupt
 from drt.memory import ArchiveDescription, ArchiveWriter, Document
+from drt.models.common.devices import input_device
 from drt.models.drt.archive_check import archive_sizes, check_archive
 from drt.models.drt.archive_sources import check_not_own, check_unfinished, document_name
 from drt.models.drt.cache_drt import DRTCache
@@ -139,7 +140,7 @@ class _Reading:
             self.writer.begin_document(document_name(self.writer, stream.path))
             self.cache.begin_text()
         else:
-            self.cache.load_state(self.writer.state(), self.model.device, self.model.dtype)
+            self.cache.load_state(self.writer.state(), input_device(self.model), self.model.dtype)
         self.cache.closed_counts = torch.tensor([int(self.cache.store.counts[0])], device="cpu")
         skip = (0, 0) if held is None else (held.num_tokens, held.num_bytes)
         empty = True
@@ -170,7 +171,7 @@ class _Reading:
             self.is_between_passes = True
 
     def _pass(self, piece: TokenPiece, is_end: bool, last: bool) -> None:
-        ids = torch.from_numpy(piece.ids).long().to(self.model.device)[None]
+        ids = torch.from_numpy(piece.ids).long().to(input_device(self.model))[None]
         ends = None
         if is_end:
             ends = torch.zeros(ids.shape, dtype=torch.bool, device="cpu")

@@ -15,6 +15,7 @@ from drt.layers.grouped_cross_attention import RetrievedMemory
 from drt.memory import Archive, ArchiveDescription, ArchiveWriter, ChunkStore, DeviceStore
 from drt.models.common.cache import WindowCacheLayer
 from drt.models.common.columns import ReadColumns
+from drt.models.common.devices import input_device
 from drt.models.common.rows import NewTokens
 from drt.models.drt.archive_check import check_archive
 from drt.models.drt.chunk_layout import ChunkLayout
@@ -81,7 +82,7 @@ class DRTCache(Cache):
             raise DRTError(f"{archive.path} is not finished: finish its build before asking")
         cache = cls(cast(DRTConfig, model.config), archive.store())
         cache.archive = archive
-        cache.load_state(archive.state(), model.device, model.dtype)
+        cache.load_state(archive.state(), input_device(model), model.dtype)
         return cache
 
     def save(self, path: Path | str | None = None, description: ArchiveDescription | None = None) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 
 import torch
+from accelerate.utils import align_module_device
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _PROBE = "".join(map(chr, range(32, 127))) + "\n\té€😀 the quick brown fox 0123456789"
@@ -31,9 +32,12 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     """
     settings = {name: value for name, value in model.config.to_dict().items() if name not in _IGNORED}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        rounded = weight.detach().to(torch.bfloat16).cpu().contiguous()
+    for name in sorted(model.state_dict()):
+        module, _, leaf = name.rpartition(".")
+        with align_module_device(model.get_submodule(module)):  # an offloaded weight comes for this time
+            weight = getattr(model.get_submodule(module), leaf)
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            rounded = weight.detach().to(torch.bfloat16).cpu().contiguous()
         digest.update(rounded.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -443,4 +443,4 @@ def _retriever(config: DRTConfig) -> Retriever | FixedRetriever:
         return Retriever(
             config.hidden_size, config.retrieval_top_k, config.rms_norm_eps, config.learned_temperature
         )
-    return FIXED_RETRIEVERS[config.retriever](config.retrieval_top_k, config.vocab_size)
+    return FIXED_RETRIEVERS[config.retriever](config.retrieval_top_k)

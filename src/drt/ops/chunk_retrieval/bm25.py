@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 K1 = 1.2  # how fast a repeated term stops counting
 B = 0.75  # how much a chunk's length counts
-QUERY_BLOCK = 128  # queries scored at a time; a table of (B, vocab_size, QUERY_BLOCK) is held
+QUERY_BLOCK = 128  # queries scored at a time; a table of (B, largest token id + 1, QUERY_BLOCK) is held
 
 
 def bm25_features(chunk_ids: Tensor, chunk_lengths: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def bm25_features(chunk_ids: Tensor, chunk_lengths: Tensor) -> Tensor:
 
 @torch.no_grad()
 def select_by_bm25(
-    query: Tensor, chunks: Tensor | Sequence[Tensor], visible: Tensor, *, top_k: int, vocab_size: int
+    query: Tensor, chunks: Tensor | Sequence[Tensor], visible: Tensor, *, top_k: int
 ) -> tuple[Tensor, Tensor]:
     """Select for each query chunk the best of those it may see: the sum over its tokens t (repeated ones count again)
     of idf(t) weight(t), idf(t) = ln(1 + (n - df + 1/2) / (df + 1/2)) over the n chunks it may see.
@@ -52,7 +52,6 @@ def select_by_bm25(
         chunks: (B, C, 2 S) features of all chunks, or blocks (B, C_i, 2 S) of them in order.
         visible: (B, N) int, the number of leading chunks each query may see, 0 or growing by 1.
         top_k: slots K.
-        vocab_size: token ids are below it.
 
     Returns:
         Indices (B, N, K) int64, best first, -1 for an empty slot, and their scores (B, N, K) float32, -inf there. Of
@@ -68,10 +67,13 @@ def select_by_bm25(
     indices = torch.full((batch_size, count, top_k), -1, device=query.device)
     best = torch.full(indices.shape, -torch.inf, device=query.device)
     column = torch.arange(held.shape[1], device=query.device)
+    slots = query.shape[-1] // 2
+    largest = [int(features[..., :slots].max()) for features in (query, held) if features.numel()]
+    num_terms = 1 + max([0, *largest])
     for start in range(0, count, QUERY_BLOCK) if held.shape[1] else ():
         part = slice(start, start + QUERY_BLOCK)
         sees = visible[:, part]
-        scores = _scores(query[:, part], held, sees, vocab_size)
+        scores = _scores(query[:, part], held, sees, num_terms)
         # Equal scores are common and must be told apart alike however the text was fed: the later chunk is better.
         rank = ((scores * 1e6).round().long() << 24) + column
         found, at = rank.masked_fill(column >= sees.unsqueeze(-1), -1).topk(min(top_k, held.shape[1]), -1)
@@ -80,18 +82,18 @@ def select_by_bm25(
     return indices, best
 
 
-def _scores(query: Tensor, chunks: Tensor, visible: Tensor, vocab_size: int) -> Tensor:
+def _scores(query: Tensor, chunks: Tensor, visible: Tensor, num_terms: int) -> Tensor:
     """(B, N, C) float64 scores of every chunk; those of chunks that a query may not see mean nothing."""
     batch_size, count = visible.shape
     ids, weights = _split(chunks)
     tokens = query[..., : query.shape[-1] // 2].long()
     seen = visible.unsqueeze(-1)
-    frequency = _document_frequency(tokens.clamp_min(0), ids, weights > 0, visible, vocab_size)
+    frequency = _document_frequency(tokens.clamp_min(0), ids, weights > 0, visible, num_terms)
     idf = torch.log1p((seen - frequency + 0.5) / (frequency + 0.5)).masked_fill(tokens < 0, 0.0)
     # One row of the table a term, one column a query: a chunk's scores are a weighted sum of its terms' rows.
-    table = idf.new_zeros(batch_size, vocab_size, count)
+    table = idf.new_zeros(batch_size, num_terms, count)
     table.scatter_add_(1, tokens.clamp_min(0).transpose(1, 2), idf.transpose(1, 2).contiguous())
-    row = torch.arange(batch_size, device=ids.device).view(-1, 1, 1) * vocab_size
+    row = torch.arange(batch_size, device=ids.device).view(-1, 1, 1) * num_terms
     scores = F.embedding_bag(
         (ids + row).flatten(0, 1), table.flatten(0, 1), per_sample_weights=weights.flatten(0, 1), mode="sum"
     )
@@ -99,7 +101,7 @@ def _scores(query: Tensor, chunks: Tensor, visible: Tensor, vocab_size: int) -> 
 
 
 def _document_frequency(
-    tokens: Tensor, ids: Tensor, first: Tensor, visible: Tensor, vocab_size: int
+    tokens: Tensor, ids: Tensor, first: Tensor, visible: Tensor, num_terms: int
 ) -> Tensor:
     """(B, N, S) float64: in how many of the chunks that query n may see its tokens (B, N, S) occur."""
     batch_size, num_chunks, size = ids.shape
@@ -108,11 +110,11 @@ def _document_frequency(
     sees = torch.where(visible > 0, visible, visible.amax(1, keepdim=True))
     least = sees.amin(1, keepdim=True)
     before = (first & (number < least).unsqueeze(-1)).double()
-    total = before.new_zeros(batch_size, vocab_size).scatter_add_(1, ids.flatten(1), before.flatten(1))
+    total = before.new_zeros(batch_size, num_terms).scatter_add_(1, ids.flatten(1), before.flatten(1))
     width = int((sees.amax(1, keepdim=True) - least).max())
     new = (least + torch.arange(width, device=ids.device)).clamp_max(num_chunks - 1).unsqueeze(-1)
     new = new.expand(-1, -1, size)
-    occurs = total.new_zeros(batch_size, width + 1, vocab_size)
+    occurs = total.new_zeros(batch_size, width + 1, num_terms)
     occurs[:, 1:].scatter_add_(2, ids.gather(1, new), first.gather(1, new).double())
     occurs[:, 0] = total
     row = (sees - least).unsqueeze(-1)
