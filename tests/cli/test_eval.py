@@ -166,4 +166,4 @@ def test_ruler_reaches_the_evaluation(drt: Drt, checkpoint: Path, refuses: Calla
     )
     assert result.exit_code == 0, result.output
     assert [record.length for record in read_records("ruler.jsonl", AnswerRecord)] == [3072]
-    assert "wanted tasks of" in refuses("eval", "ruler", "--checkpoint", checkpoint, "--task", "essay")
+    assert "expected tasks of" in refuses("eval", "ruler", "--checkpoint", checkpoint, "--task", "essay")

@@ -35,9 +35,18 @@ def ruler(
     task: Annotated[
         str,
         typer.Option(
-            metavar="TASK,...", help="niah_multikey_2, niah_multikey_3, ruler_vt, or a list of them."
+            metavar="TASK,...",
+            help="niah_single_1, niah_multikey_2, niah_multikey_3, ruler_vt, ruler_fwe, ruler_cwe, ruler_qa, or some.",
+            show_default="all; ruler_qa if there are questions",
         ),
-    ] = "niah_multikey_2,niah_multikey_3,ruler_vt",
+    ] = "",
+    questions: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Questions for ruler_qa: JSON lines with question, context and answers, as SQuAD's; may be repeated.",
+        ),
+    ] = None,
     length: Annotated[
         str, typer.Option(metavar="N,N,...", help="Tokens of the texts, room for the answer included.")
     ] = "4K",
@@ -50,29 +59,36 @@ def ruler(
 ) -> None:
     """Ask the questions of RULER that need no download, through lm-eval.
 
-    Two tasks hide a needle among others like it, one follows a chain of variables. A score is the share of the expected
-    strings that the answer holds.
+    Three tasks hide a needle (niah), one follows a chain of variables (vt), two count words (fwe, cwe), and one asks
+    about one of many paragraphs (qa). A score is the share of the expected strings that the answer holds; of qa,
+    whether it holds any of the right ones. All texts are made before the first question is asked.
 
-    Example:
+    Examples:
 
         drt eval ruler --checkpoint runs/my-model/final --length 4K,16K --samples 50
+
+        drt eval ruler --checkpoint runs/my-model/final --task ruler_qa --questions squad-dev.jsonl.xz
     """
-    from drt.eval.ruler import evaluate_ruler
+    from drt.eval.ruler import QA, check_tasks, evaluate_ruler
+    from drt.eval.ruler_texts import TASKS, read_questions
     from drt.models.loading import load_model
 
     lengths = parse_lengths("--length", length)
-    check_outputs({"--json": json})
+    tasks = check_tasks(task.split(",")) if task else [name for name in TASKS if questions or name != QA]
+    check_outputs({"--json": json}, questions or ())
+    asked = read_questions(questions) if questions else []
     model, tokenizer = load_model(checkpoint, choose_dtype(dtype))
     model.to(choose_device(device))  # type: ignore[arg-type]
     records = evaluate_ruler(
         model,
         tokenizer,
-        tasks=task.split(","),
+        tasks=tasks,
         lengths=lengths,
         samples=samples,
         seed=seed,
         checkpoint=str(checkpoint),
         batch_size=batch_size,
+        questions=asked,
     )
     _write_and_show(records, json)
 

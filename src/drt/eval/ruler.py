@@ -3,22 +3,19 @@ no download."""
 
 from __future__ import annotations
 
-import io
-import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drt.errors import DRTError
 from drt.eval.results import AnswerRecord
+from drt.eval.ruler_texts import TASKS, Question, answer_room, make_documents
 
 DATA = "RULER"
-MEASURE = "recall"  # share of the expected strings that the generated text holds
-TASKS = ("niah_multikey_2", "niah_multikey_3", "ruler_vt")
-ANSWER_TOKENS = {"niah_multikey_2": 128, "niah_multikey_3": 128, "ruler_vt": 30}  # as the benchmark has them
+MEASURE = "recall"  # share of the expected strings that the generated text holds; of qa, whether it holds any
+QA = "ruler_qa"
+_PREFIX = "ruler_"  # of names that may be given without it
 
 
 def evaluate_ruler(
@@ -31,151 +28,80 @@ def evaluate_ruler(
     seed: int,
     checkpoint: str,
     batch_size: int = 1,
+    questions: Sequence[Question] = (),
 ) -> Iterator[AnswerRecord]:
-    """Ask RULER's questions and yield a record of each.
+    """Ask RULER's questions and yield a record of each. All texts are made before the first question is asked.
 
-    `niah_multikey_2` and `niah_multikey_3` hide a needle among others that differ in their key (words and numbers, or
-    UUIDs); `ruler_vt` follows a chain of variables. A text is read in one pass.
+    `niah_single_1` hides a needle among sentences that repeat, `niah_multikey_2` and `niah_multikey_3` among needles
+    that differ in their key (words and numbers, or UUIDs); `ruler_vt` follows a chain of variables; `ruler_fwe` and
+    `ruler_cwe` count words; `ruler_qa` asks a question on one of many paragraphs. A text is read in one pass.
 
     Args:
         model: a causal language model in eval mode, on any device.
         tokenizer: the model's; lengths are counted in its tokens.
-        tasks: of `TASKS`.
+        tasks: of `TASKS`; `vt` is `ruler_vt`.
         lengths: tokens of a text, the room for the answer included.
         samples: texts of each task and length.
         seed: of the texts.
         checkpoint: name of the model, for the records.
         batch_size: texts read together.
+        questions: of the task `ruler_qa`.
 
     Raises:
-        DRTError: an unknown task, a length that a task does not fit into, or lm-eval is not installed.
+        DRTError: an unknown task, a length that a task does not fit into, too few questions, or lm-eval is not
+            installed.
     """
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown:
-        raise DRTError(f"wanted tasks of {', '.join(TASKS)}, got {', '.join(unknown)}")
+    names = check_tasks(tasks)
     instance, harness_class, score = _harness()
-    for length in lengths:
-        for task in tasks:
-            documents = make_documents(task, tokenizer, length, samples, seed)
-            room = ANSWER_TOKENS[task]
-            prompts = [f"{document['input']} {document['gen_prefix']}" for document in documents]
-            longest = max(len(tokenizer.encode(prompt, add_special_tokens=False)) for prompt in prompts)
-            harness = harness_class(
-                pretrained=model,
-                tokenizer=tokenizer,
-                max_length=longest + room + 1,  # the harness would cut the beginning off a longer prompt
-                batch_size=batch_size,
-                add_bos_token=False,
+    wanted = [(length, task) for length in lengths for task in names]
+    made = [make_documents(task, tokenizer, length, samples, seed, questions) for length, task in wanted]
+    for (length, task), documents in zip(wanted, made, strict=True):
+        room = answer_room(task, tokenizer, questions)
+        prompts = [f"{document['input']} {document['gen_prefix']}" for document in documents]
+        longest = max(len(tokenizer.encode(prompt, add_special_tokens=False)) for prompt in prompts)
+        harness = harness_class(
+            pretrained=model,
+            tokenizer=tokenizer,
+            max_length=longest + room + 1,  # the harness would cut the beginning off a longer prompt
+            batch_size=batch_size,
+            add_bos_token=False,
+        )
+        settings = {"until": [], "max_gen_toks": room, "do_sample": False}
+        requests = [instance("generate_until", {}, (p, settings), i) for i, p in enumerate(prompts)]
+        answers = harness.generate_until(requests, disable_tqdm=True)
+        for index, (document, answer) in enumerate(zip(documents, answers, strict=True)):
+            yield AnswerRecord(
+                task=task,
+                checkpoint=checkpoint,
+                device=str(model.device),
+                dtype=str(model.dtype).removeprefix("torch."),
+                data=DATA,
+                index=index,
+                length=length,
+                expected=list(document["outputs"]),
+                generated=answer,
+                scores={MEASURE: _score(task, document, answer, score)},
             )
-            settings = {"until": [], "max_gen_toks": room, "do_sample": False}
-            requests = [instance("generate_until", {}, (p, settings), i) for i, p in enumerate(prompts)]
-            answers = harness.generate_until(requests, disable_tqdm=True)
-            for index, (document, answer) in enumerate(zip(documents, answers, strict=True)):
-                yield AnswerRecord(
-                    task=task,
-                    checkpoint=checkpoint,
-                    device=str(model.device),
-                    dtype=str(model.dtype).removeprefix("torch."),
-                    data=DATA,
-                    index=index,
-                    length=length,
-                    expected=list(document["outputs"]),
-                    generated=answer,
-                    scores={MEASURE: score(document, [answer])[str(length)]},
-                )
 
 
-def make_documents(
-    task: str, tokenizer: PreTrainedTokenizerBase, length: int, samples: int, seed: int
-) -> list[dict[str, Any]]:
-    """lm-eval's texts of a task: `input`, `gen_prefix` (how the answer begins) and `outputs` (what it must hold).
-
-    Args:
-        task: of `TASKS`.
-        tokenizer: counts the length.
-        length: tokens of a text, the room for the answer included.
-        samples: how many.
-        seed: of them; lm-eval draws from the global generators, whose state is put back.
+def check_tasks(tasks: Sequence[str]) -> list[str]:
+    """The names of tasks, which may be given without `ruler_`.
 
     Raises:
-        DRTError: nothing fits into that length.
+        DRTError: an unknown one.
     """
-    module = _import(task)  # before the seed: what is imported draws random numbers too
-    make = _variable_tracking if task == "ruler_vt" else _multikey
-    try:
-        with redirect_stdout(io.StringIO()), _seeded(seed):  # lm-eval prints how it searches for the length
-            return make(module, task, tokenizer, length, samples)
-    except ValueError as error:
-        raise DRTError(f"{task} at {length} tokens: {error}") from error
+    names = [task if task in TASKS else _PREFIX + task for task in tasks]
+    unknown = [task for task, name in zip(tasks, names, strict=True) if name not in TASKS]
+    if unknown:
+        raise DRTError(f"expected tasks of {', '.join(TASKS)}, got {', '.join(unknown)}")
+    return names
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators that lm-eval draws from, and put their state back."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-
-
-def _variable_tracking(
-    vt_utils: Any, task: str, tokenizer: PreTrainedTokenizerBase, length: int, samples: int
-) -> list[dict[str, Any]]:
-    make = vt_utils.sys_vartrack_w_noise_random
-    # lm-eval gives the example 500 tokens, which is too few where tokens are bytes, and then never ends.
-    text, names = vt_utils.generate_input_output(5, 1, 4, is_icl=True)
-    room = len(tokenizer(f"{text} {names}").input_ids) + ANSWER_TOKENS[task]
-    example = make(
-        tokenizer=tokenizer, num_samples=1, max_seq_length=max(500, int(1.1 * room)), incremental=5
-    )[0]
-    shown = example["input"] + " " + " ".join(example["outputs"])
-    smallest, _ = vt_utils.generate_input_output(10, 1, 4)
-    wanted = sum(len(tokenizer(text).input_ids) for text in (shown, smallest))
-    wanted = int(1.05 * wanted) + ANSWER_TOKENS[task]  # names and numbers vary a little in tokens
-    if length < wanted:  # lm-eval would look for a text that fits for ever
-        raise ValueError(f"wanted at least {wanted} tokens, for its example and the shortest text")
-    return make(tokenizer=tokenizer, num_samples=samples, max_seq_length=length, icl_example=example)
-
-
-def _multikey(
-    niah_utils: Any, task: str, tokenizer: PreTrainedTokenizerBase, length: int, samples: int
-) -> list[dict[str, Any]]:
-    kind = {"niah_multikey_2": ("words", "numbers"), "niah_multikey_3": ("uuids", "uuids")}[task]
-    return niah_utils.generate_samples(
-        niah_utils.get_haystack(type_haystack="needle"),
-        TOKENIZER=tokenizer,
-        max_seq_length=length,
-        template=niah_utils.TEMPLATE,
-        type_haystack="needle",
-        type_needle_k=kind[0],
-        type_needle_v=kind[1],
-        num_samples=samples,
-    )
-
-
-def _import(task: str) -> Any:
-    """The module of lm-eval that makes a task's texts.
-
-    The needles' module fetches a sentence splitter as it is imported, which only the tasks with essays use, and waits
-    minutes for it where there is no network: it is told that there is none.
-    """
-    if task == "ruler_vt":
-        from lm_eval.tasks.ruler import vt_utils
-
-        return vt_utils
-    import nltk
-
-    download = nltk.download
-    nltk.download = lambda *_, **__: False
-    try:
-        from lm_eval.tasks.ruler import niah_utils
-    finally:
-        nltk.download = download
-    return niah_utils
+def _score(task: str, document: dict[str, Any], answer: str, score: Callable[..., dict[str, float]]) -> float:
+    """The share of the outputs that an answer holds, or whether it holds any."""
+    outputs = [[output] for output in document["outputs"]] if task == QA else [document["outputs"]]
+    length = str(document["max_length"])
+    return max(score(document | {"outputs": listed}, [answer])[length] for listed in outputs)
 
 
 def _harness() -> tuple[Any, Any, Callable[..., dict[str, float]]]:
