@@ -39,15 +39,20 @@ def test_padding_behind_a_row_is_ignored(model, ids, training):
         torch.testing.assert_close(out.logits[row, first:last], alone, **TOLERANCE)
 
 
-def test_a_batch_padded_on_the_right_trains_as_its_rows_do(model, ids):
-    model.train()
-    mask = masked((0, 45), (0, 21), (0, 30))
-    model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("spans", [[(0, 45), (0, 21), (0, 30)], [(0, 45), (24, 45), (15, 45)]], ids=str)
+def test_a_padded_batch_has_the_loss_of_its_rows(model, ids, spans, training):
+    """On the left, too: what stands before a row's first token has seen it, and is not scored against it."""
+    mask = masked(*spans)
+    model.train(training)
+    loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+    loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    for row, length in enumerate([45, 21, 30]):
-        part = ids[row : row + 1, :length]
-        (model(part, labels=part).loss * (length - 1) / (44 + 20 + 29)).backward()
+    parts = [ids[row : row + 1, first:last] for row, (first, last) in enumerate(spans)]
+    losses = [model(part, labels=part).loss * (part.shape[1] - 1) / (44 + 20 + 29) for part in parts]
+    torch.testing.assert_close(loss, sum(losses), rtol=1e-5, atol=1e-5)
+    sum(losses).backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6)
 

@@ -127,12 +127,12 @@ def test_another_residual_rule_fails(oracle):
         attention = layer.grouped_cross_attention
 
         def informed_residual(
-            hidden_states, memory, index, inverse, state, kept, layer=layer, attention=attention
+            hidden_states, index, inverse, state, kept, chunks, layer=layer, attention=attention
         ):
             hidden_states = hidden_states + layer.window_attention(layer.attention_norm(hidden_states), state)
             if kept is not None:
                 hidden_states = hidden_states.flatten(0, 1)[kept]
-            hidden_states = hidden_states + attention(hidden_states, memory.wait(), index, inverse)
+            hidden_states = hidden_states + attention(hidden_states, chunks.wait(), index, inverse)
             return hidden_states + layer.mlp(layer.mlp_norm(hidden_states))
 
         layer.forward = informed_residual

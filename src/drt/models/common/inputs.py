@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 
 from drt.models.common.columns import ReadColumns
@@ -85,12 +86,33 @@ def check_arguments(
         )
 
 
-def check_labels(labels: Tensor | None, source: Tensor | None) -> None:
-    """Check that labels, where there are any, have the shape (B, L) of the input."""
-    if labels is not None and source is not None and labels.shape != source.shape[:2]:
+def scored_labels(
+    labels: Tensor | None, source: Tensor | None, attention_mask: Tensor | None, ignore_index: int = -100
+) -> Tensor | None:
+    """The labels that count, where there are any.
+
+    A row's first token is predicted by nothing. Where padding lies before it, what stands there in the output comes
+    of a position that has seen the token, and must not be scored against it.
+
+    Args:
+        labels: (B, L), not shifted.
+        source: (B, L, ...) input.
+        attention_mask: (B, L) or (B, past + L).
+        ignore_index: the label that does not count.
+
+    Raises:
+        ValueError: another shape than the input's.
+    """
+    if labels is None or source is None:
+        return labels
+    if labels.shape != source.shape[:2]:
         raise ValueError(
             f"labels must have the shape of the input, {tuple(source.shape[:2])}, got {tuple(labels.shape)}"
         )
+    if attention_mask is None or attention_mask.dim() != 2:  # refused by `check_inputs`
+        return labels
+    is_padding = attention_mask[:, -labels.shape[1] :].to(labels.device) == 0
+    return labels.masked_fill(pad(is_padding[:, :-1], (1, 0)), ignore_index)
 
 
 def check_cache(cache: object, wanted: type, held_rows: int | None, batch_size: int) -> None:

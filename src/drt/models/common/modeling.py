@@ -15,7 +15,7 @@ from drt.models.common.cache import DecoderCache
 from drt.models.common.columns import ReadColumns
 from drt.models.common.configuration import DecoderConfig
 from drt.models.common.generation import OwnCacheGenerationMixin
-from drt.models.common.inputs import check_arguments, check_cache, check_inputs, check_labels
+from drt.models.common.inputs import check_arguments, check_cache, check_inputs, scored_labels
 from drt.models.common.loss import causal_loss, needs_no_logits
 from drt.models.common.packaged import PackagedCode
 from drt.models.common.rows import NewTokens, PackedRows, pack_rows
@@ -169,7 +169,8 @@ class DecoderGenerationMixin(OwnCacheGenerationMixin):
                 cache; each is computed as a row of its own, padded to the longest).
             past_key_values: the state to continue from.
             inputs_embeds: (B, L, H) instead of ``input_ids``.
-            labels: (B, L) token ids aligned with ``input_ids`` (shifted inside), -100 where nothing is scored.
+            labels: (B, L) token ids aligned with ``input_ids`` (shifted inside), -100 where nothing is scored. A
+                row's first token never is, whether padding lies before it or not.
             chunk_ends: (B, L), accepted so that a baseline trains on the same batches as DRT; not used.
             use_cache: return a state to continue from. Default: whether ``past_key_values`` is given, or
                 ``config.use_cache`` where there are no ``labels``, no gradient is recorded and every row is one
@@ -185,7 +186,8 @@ class DecoderGenerationMixin(OwnCacheGenerationMixin):
             ValueError: for input that cannot be laid out; the message names what was got and what is wanted.
         """
         check_arguments(self.model.config, output_attentions, position_ids, kwargs)
-        check_labels(labels, input_ids if input_ids is not None else inputs_embeds)
+        source = input_ids if input_ids is not None else inputs_embeds
+        labels = scored_labels(labels, source, attention_mask, kwargs.get("ignore_index", -100))
         if use_cache is None and labels is not None and past_key_values is None:
             use_cache = False
         if ended_rows is not None:

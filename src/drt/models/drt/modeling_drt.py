@@ -29,7 +29,7 @@ from drt.models.drt.generation_drt import DRTGenerationMixin
 from drt.models.drt.layers_drt import DRTLowerLayer, DRTUpperLayer
 from drt.models.drt.memory_drt import ChunkMemory, Retrieval
 from drt.models.drt.outputs_drt import DRTCausalLMOutput, DRTModelOutput
-from drt.models.drt.validation import check_arguments, check_inputs, check_labels
+from drt.models.drt.validation import check_arguments, check_inputs, scored_labels
 from drt.ops.window_attention import alibi_slopes
 
 logger = logging.get_logger(__name__)
@@ -387,7 +387,8 @@ class DRTForCausalLM(DRTGenerationMixin, DRTPreTrainedModel):
         In a training step with ``labels`` the loss is made without logits, and ``logits`` is ``None``.
 
         Args:
-            labels: (B, L) token ids aligned with ``input_ids`` (shifted inside), -100 where nothing is scored.
+            labels: (B, L) token ids aligned with ``input_ids`` (shifted inside), -100 where nothing is scored. A
+                row's first token never is, whether padding lies before it or not.
             use_cache: as there, but with ``labels`` and no ``past_key_values`` the default is False.
             logits_to_keep: logits of the last n positions only (0: all), or of the positions in a tensor. With n >= 1
                 and a cache, a long text is read at little more than the lower decoder's cost (see `DRTModel.forward`).
@@ -396,13 +397,13 @@ class DRTForCausalLM(DRTGenerationMixin, DRTPreTrainedModel):
                 tokens before them.
         """
         check_arguments(self.config, output_attentions, position_ids, kwargs)
-        check_labels(labels, input_ids if input_ids is not None else inputs_embeds)
+        source = input_ids if input_ids is not None else inputs_embeds
+        labels = scored_labels(labels, source, attention_mask, kwargs.get("ignore_index", -100))
         if use_cache is None and labels is not None and past_key_values is None:
             use_cache = False
         if ended_rows is not None:
             attention_mask = ~ended_rows.unsqueeze(1)
         if last_chunk_ends is not None:
-            source = input_ids if input_ids is not None else inputs_embeds
             assert source is not None  # by `generate`
             chunk_ends = pad(last_chunk_ends, (source.shape[1] - last_chunk_ends.shape[1], 0))
         outputs = self.model(

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from drt.models.common import inputs
 from drt.models.common.columns import ReadColumns
-from drt.models.common.inputs import check_arguments, check_labels
+from drt.models.common.inputs import check_arguments, scored_labels
 from drt.models.common.rows import NewTokens
 from drt.models.drt.cache_drt import DRTCache
 from drt.models.drt.configuration_drt import DRTConfig
 
-__all__ = ["check_arguments", "check_inputs", "check_labels"]
+__all__ = ["check_arguments", "check_inputs", "scored_labels"]
 
 
 @torch.compiler.disable
