@@ -230,6 +230,25 @@ def test_code_in_a_checkpoint_does_not_run(
         TextEmbedder(ByT5Tokenizer(extra_ids=0), folder, None)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prefill_chunk_size", 0),
+        ("prefill_chunk_size", "many"),
+        ("prefill_chunk_size", True),
+        ("close_prompt", "no"),
+    ],
+)
+def test_a_generation_configuration_that_makes_no_sense(
+    refused: Callable[..., str], folder: Path, name: str, value: Any
+) -> None:
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    message = refused()
+    assert f"generation_config.json: {name} must be" in message
+    assert message.endswith(f"got {value!r}")
+
+
 def test_weights_in_several_files(refused: Callable[..., str], folder: Path) -> None:
     model, _ = load_model(folder)
     (folder / WEIGHTS).unlink()

@@ -59,7 +59,7 @@ def ask(
     cache = DRTCache.open(archive, model)
     cache.select_rows(torch.zeros(len(prompts), dtype=torch.long, device="cpu"))
     ids, mask = _left_padded(prompts, input_device(model))
-    trace, closes = RetrievalTrace(cache), _closes_prompt(model, options)
+    trace, closes = RetrievalTrace(cache), model.closes_prompt(options.get("close_prompt"))
     segment = max(
         PREFILL_CHUNK_SIZE // len(prompts), 1
     )  # whatever the checkpoint says: questions may be long
@@ -109,14 +109,6 @@ def _until_end(token_ids: list[int], ends: int | list[int] | None) -> list[int]:
     """What was generated before the token that ends a text; a batch goes on until its last row ends."""
     stops = {ends} if isinstance(ends, int) else set(ends or ())
     return list(takewhile(lambda token: token not in stops, token_ids))
-
-
-def _closes_prompt(model: DRTForCausalLM, options: dict[str, Any]) -> bool:
-    """Whether `generate` closes a question's last chunk at its end."""
-    for owner in (options, vars(model.generation_config)):
-        if owner.get("close_prompt") is not None:
-            return bool(owner["close_prompt"])
-    return bool(model.config.close_prompt)
 
 
 def _chunk_bounds(prompt: int, generated: int, chunk_size: int, closes: bool) -> list[int]:

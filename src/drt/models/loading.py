@@ -79,6 +79,7 @@ def load_model(
                 local_files_only=True,
                 trust_remote_code=False,
             )
+            _check_generation(model)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise DRTError(f"the weights in {folder} cannot be read: {error}") from error
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
@@ -86,6 +87,16 @@ def load_model(
     tokenizer = load_tokenizer(folder)
     attach_embedder(model, tokenizer)
     return model.eval(), tokenizer
+
+
+def _check_generation(model: PreTrainedModel) -> None:
+    """Raise ValueError for a generation configuration that no prompt could be read by."""
+    config = model.generation_config
+    size, closes = config.prefill_chunk_size, getattr(config, "close_prompt", None)
+    if size is not None and (type(size) is not int or size < 1):
+        raise ValueError(f"prefill_chunk_size must be a whole number of at least 1, got {size!r}")
+    if closes is not None and type(closes) is not bool:
+        raise ValueError(f"close_prompt must be true or false, got {closes!r}")
 
 
 def load_model_config(path: Path | str) -> PreTrainedConfig:
