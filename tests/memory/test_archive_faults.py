@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from hypothesis import strategies as st
 
 from drt.errors import DRTError
 from drt.memory import Archive, ArchiveWriter, verify_archive
+from drt.memory.archive import ArchiveStore
 from drt.memory.manifest import MAX_COUNT, Manifest, Point, Segment, _text
 
 SEGMENTS = 8
@@ -145,6 +148,44 @@ def test_damage_is_found_named_and_never_read(whole: Path, tmp_path: Path) -> No
         assert any(name in problem for problem in problems), (name, problems)
         with pytest.raises(DRTError, match=name):
             read_all(path)
+
+
+@pytest.mark.parametrize("name", ["chunks.bin", "landmarks.bin", "index.bin", "text.bin"])
+def test_damage_since_the_last_reading_is_found(whole: Path, tmp_path: Path, name: str) -> None:
+    """A reader that stays open checks what it reads, not what it read before."""
+    path = tmp_path / "archive"
+    shutil.copytree(whole, path)
+    last = SEGMENTS * CHUNKS - 1
+    with Archive.open(path) as archive, Archive.open(path, verify=False) as trusting:
+        store = archive.store()
+
+        def use(store: ArchiveStore, archive: Archive) -> None:
+            store.gather(torch.tensor([[[last]]]))
+            for _ in store.landmark_blocks():
+                pass
+            archive.source(last)
+
+        use(store, archive)
+        with (path / name).open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([byte[0] ^ 1]))
+        with pytest.raises(DRTError, match=name):
+            use(store, archive)
+        if name == "landmarks.bin":
+            with pytest.raises(DRTError, match=name):
+                store.landmark_blocks().read(torch.tensor([[[0, last]]]))
+        use(trusting.store(), trusting)
+
+
+def test_any_range_of_the_text_is_read(whole: Path) -> None:
+    joined = b"".join(map(text, range(SEGMENTS)))
+    with Archive.open(whole) as archive:
+        first, *_, last = archive.documents
+        for low, high in ((0, 0), (0, 1), (3, 24), (11, 13), (12, 24), (5, 30), (23, 96)):
+            assert archive.text(first, low, high) == joined[low:high]
+        assert archive.text(last, 24, 24) == b""
 
 
 def test_a_missing_file_is_named(whole: Path, tmp_path: Path) -> None:

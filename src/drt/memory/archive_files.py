@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable
-from itertools import takewhile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +44,7 @@ class ArchiveFiles:
         path: folder of the archive.
         description: of the archive.
         writable: open for writing.
-        verify: check each segment the first time that something of it is read.
+        verify: check whatever is read, each time, with all of its segment.
         create: make the files that do not exist.
 
     Raises:
@@ -98,22 +97,36 @@ class ArchiveFiles:
     def _starts(self, file: int) -> list[int]:
         return self._text_starts if file == TEXT else self._chunk_starts
 
-    def damage(self, number: int, file: int) -> str | None:
-        """What is wrong with what a segment has of a file; ``None``: it is what was written.
+    def check(self, number: int, file: int) -> None:
+        """Read what a segment has of a file.
 
         Raises:
-            DRTError: the file ends before it, or cannot be read.
+            DRTError: it is not what was written, the file ends before it, or it cannot be read.
         """
-        extent, name = self.extent(number, file), self.files[file].name
+        for _ in self._blocks(number, file):
+            pass
+
+    def _blocks(self, number: int, file: int) -> Iterator[tuple[int, Tensor]]:
+        """The records of a segment, some at a time with the number of the first; raises as `check` after the last."""
+        extent = self.extent(number, file)
         step = max(1, READ_BYTES // self.files[file].record_bytes)
         crc, strange = 0, None
+        is_known = number in self._sound[file]
         for first in range(extent.first, extent.last, step):
             records = self.files[file].read_range(first, min(first + step, extent.last))
             crc = zlib.crc32(records.numpy().data, crc)
-            strange = strange or self.strange(file, records)
-        if crc != extent.crc32:
-            return f"{name} is damaged: segment {number} is not what was written"
-        return None if strange is None else f"{name}: segment {number} holds {strange}"
+            if not is_known:
+                strange = strange or self.strange(file, records)
+            yield first, records
+        self._judge(number, file, crc, strange)
+
+    def _judge(self, number: int, file: int, crc: int, strange: str | None) -> None:
+        name = self.files[file].name
+        if crc != self._segments[number].crc32[file]:
+            raise DRTError(f"{name} is damaged: segment {number} is not what was written")
+        if strange is not None:
+            raise DRTError(f"{name}: segment {number} holds {strange}")
+        self._sound[file].add(number)
 
     def strange(self, file: int, records: Tensor) -> str | None:
         """What no archive holds, though its checksum be right, in records (n, record_bytes) of a file."""
@@ -133,41 +146,55 @@ class ArchiveFiles:
             return None
         return "values that are not finite; build the archive anew, with --dtype bfloat16 or float32"
 
-    def check(self, file: int, records: Iterable[int]) -> None:
-        """Check the segments that hold these records of a file, each once.
+    def read(self, file: int, numbers: Tensor) -> Tensor:
+        """Records (m, record_bytes) of numbers (m,), each from a buffer that was checked with its segment.
+
+        Segments are read whole each time: what was right once may be damaged when it is read again.
 
         Raises:
             DRTError: a segment is damaged.
         """
-        sound = self._sound[file]
-        if not self.verify or len(sound) == len(self._segments):
-            return
-        starts = self._starts(file)
-        for number in sorted({bisect_right(starts, record) - 1 for record in records} - sound):
-            if number < len(self._segments):  # beyond: not committed yet, written by this process
-                problem = self.damage(number, file)
-                if problem is not None:
-                    raise DRTError(problem)
-                sound.add(number)
+        if not self.verify:
+            return self.files[file].read(numbers)
+        found = torch.empty(len(numbers), self.files[file].record_bytes, dtype=torch.uint8, device="cpu")
+        starts = torch.tensor(self._starts(file), device="cpu")
+        segment = torch.bucketize(numbers.contiguous(), starts, right=True) - 1
+        for number in segment.unique().tolist():
+            (at,) = (segment == number).nonzero(as_tuple=True)
+            if number == len(self._segments):  # not committed yet, written by this process
+                found[at] = self.files[file].read(numbers[at])
+                continue
+            for first, records in self._blocks(number, file):
+                here = at[(numbers[at] >= first) & (numbers[at] < first + len(records))]
+                found[here] = records[numbers[here] - first]
+        return found
 
     def index(self, chunks: Tensor) -> NDArray[np.void]:
         """Entries (m,) of `INDEX` of chunks (m,)."""
-        self.check(INDICES, chunks.tolist())
-        return self.files[INDICES].read(chunks).numpy().view(INDEX).reshape(-1)
+        return self.read(INDICES, chunks).numpy().view(INDEX).reshape(-1)
 
     def text(self, first: int, last: int) -> bytes:
         """Bytes [first, last) of all documents' text."""
-        if first == last:
-            return b""
-        low = bisect_right(self._text_starts, first) - 1
-        self.check(TEXT, (first, *takewhile(lambda start: start < last, self._text_starts[low:])))
-        return self.files[TEXT].read_range(first, last).numpy().tobytes()
+        starts, parts, read = self._text_starts, [], first
+        number = bisect_right(starts, first) - 1
+        while self.verify and read < min(last, starts[-1]):
+            for low, records in self._blocks(number, TEXT):
+                parts.append(records[max(0, first - low) : max(0, last - low)].numpy().tobytes())
+            number, read = number + 1, starts[number + 1]
+        if read < last:  # not committed yet, written by this process; or not to be checked
+            parts.append(self.files[TEXT].read_range(read, last).numpy().tobytes())
+        return b"".join(parts)
 
     def landmarks(self, first: int, last: int) -> Tensor:
         """Landmarks (last - first, H) of a range that `landmark_ranges` gave."""
-        segments = self._chunk_starts[bisect_right(self._chunk_starts, first) - 1 :]
-        self.check(LANDMARKS, takewhile(lambda start: start < last, segments))
-        return self.files[LANDMARKS].read_range(first, last).view(self.landmark_dtype)
+        found, starts = self.files[LANDMARKS].read_range(first, last), self._chunk_starts
+        number = bisect_right(starts, first) - 1
+        while self.verify and number < len(self._segments) and starts[number] < last:
+            records = found[starts[number] - first : starts[number + 1] - first]
+            strange = None if number in self._sound[LANDMARKS] else self.strange(LANDMARKS, records)
+            self._judge(number, LANDMARKS, zlib.crc32(records.numpy().data), strange)
+            number += 1
+        return found.view(self.landmark_dtype)
 
     def landmark_ranges(self, held: int) -> list[tuple[int, int]]:
         """Ranges of chunks to search at a time: whole segments, then what is not committed yet."""
@@ -232,22 +259,20 @@ class ArchivePage:
         return self._files.landmarks(first, last).unsqueeze(0)
 
     def landmarks_at(self, row: Tensor, slot: Tensor) -> Tensor:
-        chunks = slot.cpu()
-        records = self._files.files[LANDMARKS].read(chunks)
-        landmarks = records.view(self._files.landmark_dtype)
+        chunks, dtype = slot.cpu(), self._files.landmark_dtype
         if self._index is None:
-            self._files.check(LANDMARKS, chunks.tolist())
-            return landmarks
+            return self._files.read(LANDMARKS, chunks).view(dtype)
         # Candidates lie anywhere: to check their segments would be to read nearly all that the index saves.
-        indexed = chunks < self._index.num_landmarks
-        self._files.check(LANDMARKS, chunks[~indexed].tolist())
-        if self._files.verify and not self._index.is_sound(chunks[indexed], landmarks[indexed]):
-            name = self._files.files[LANDMARKS].name
+        indexed, name = chunks < self._index.num_landmarks, self._files.files[LANDMARKS].name
+        records = self._files.files[LANDMARKS].read(chunks[indexed])
+        if self._files.verify and not self._index.is_sound(chunks[indexed], records.view(dtype)):
             raise DRTError(f"{name} is damaged: a landmark is not the one that {INDEX_FILE} was made of")
         strange = self._files.strange(LANDMARKS, records)
         if strange is not None:
-            raise DRTError(f"{self._files.files[LANDMARKS].name}: chunks {chunks.tolist()} have {strange}")
-        return landmarks
+            raise DRTError(f"{name}: chunks {chunks[indexed].tolist()} have {strange}")
+        landmarks = records.new_empty(len(chunks), records.shape[1])
+        landmarks[indexed], landmarks[~indexed] = records, self._files.read(LANDMARKS, chunks[~indexed])
+        return landmarks.view(dtype)
 
     def _check(self, chunks: Tensor, records: Tensor) -> None:
         committed = chunks < self._files.num_chunks  # what is not, was written by this process

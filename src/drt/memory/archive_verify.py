@@ -80,9 +80,7 @@ def _damaged(files: ArchiveFiles, number: int, on_progress: Callable[[int], None
     problems = []
     for file in range(len(DATA_FILES)):
         try:
-            problem = files.damage(number, file)
-            if problem is not None:
-                problems.append(problem)
+            files.check(number, file)
         except DRTError as error:
             problems.append(str(error))
         extent = files.extent(number, file)
