@@ -113,3 +113,16 @@ def test_gradient_checkpointing_of_either_kind_changes_no_gradient(model, ids, r
     model(ids, labels=ids).loss.backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of what is called
+@torch.no_grad()
+def test_graphs_of_whole_models_are_refused_in_words(model, ids):
+    wanted = "found on the CPU for every input: compile without fullgraph=True"
+    with pytest.raises(NotImplementedError, match=wanted):
+        torch.export.export(model, (ids,), {"use_cache": False})
+    with pytest.raises(NotImplementedError, match=wanted):
+        torch.jit.trace(model, example_kwarg_inputs={"input_ids": ids})
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=wanted):
+        torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=False)

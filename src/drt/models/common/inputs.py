@@ -13,6 +13,9 @@ from transformers import PreTrainedConfig
 from drt.models.common.columns import ReadColumns
 from drt.models.common.rows import NewTokens
 
+NO_WHOLE_GRAPH = (
+    "where chunks and rows lie is found on the CPU for every input: compile without fullgraph=True"
+)
 PACKED = (
     "cu_seq_lens_q",
     "cu_seq_lens_k",
@@ -20,7 +23,7 @@ PACKED = (
 )  # how collators tell other models what position_ids say too
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason=NO_WHOLE_GRAPH)
 def check_inputs(
     vocab_size: int,
     input_ids: Tensor | None,
@@ -72,7 +75,11 @@ def check_arguments(
     position_ids: Tensor | None,
     others: Mapping[str, Any],
 ) -> None:
-    """Refuse arguments of the library's models that say something and would not be heeded."""
+    """Refuse arguments of the library's models that say something and would not be heeded, and graphs of the whole."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise NotImplementedError(
+            f"torch.export and torch.jit.trace are not supported, torch.compile is; {NO_WHOLE_GRAPH}"
+        )
     if output_attentions or (output_attentions is None and config.output_attentions):
         raise ValueError(
             "output_attentions=True cannot be had: attention weights are made in blocks and never held. Wanted: False"

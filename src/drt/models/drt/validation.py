@@ -7,7 +7,7 @@ from torch import Tensor
 
 from drt.models.common import inputs
 from drt.models.common.columns import ReadColumns
-from drt.models.common.inputs import check_arguments, scored_labels
+from drt.models.common.inputs import NO_WHOLE_GRAPH, check_arguments, scored_labels
 from drt.models.common.rows import NewTokens
 from drt.models.drt.cache_drt import DRTCache
 from drt.models.drt.configuration_drt import DRTConfig
@@ -15,7 +15,7 @@ from drt.models.drt.configuration_drt import DRTConfig
 __all__ = ["check_arguments", "check_inputs", "scored_labels"]
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason=NO_WHOLE_GRAPH)
 def check_inputs(
     config: DRTConfig,
     input_ids: Tensor | None,

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from drt.ops.device_guard import on_its_device
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 COLUMNS = 4096  # of a row, at a time
 WARPS = 8
@@ -62,6 +64,7 @@ def row_kernel(
             tl.store(logits + column, grad.to(logits.dtype.element_ty), mask=column < columns)
 
 
+@on_its_device
 def loss_and_gradient(
     logits: Tensor, targets: Tensor, counts: Tensor, vocabulary: int, wanted: bool
 ) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from drt.ops.device_guard import on_its_device
 from drt.ops.grouped_cross_attention.impl.triton.backward import backward
 from drt.ops.grouped_cross_attention.impl.triton.decode import decode
 from drt.ops.grouped_cross_attention.impl.triton.forward import forward
@@ -88,6 +89,7 @@ def _check(query: Tensor) -> None:
         raise ValueError(f"impl 'triton' takes head dimensions up to {MAX_DIM}; got {query.shape[-1]}")
 
 
+@on_its_device
 def _forward(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     problem = prepare(query, *rest)
     if problem.blocks == 0:
@@ -97,6 +99,7 @@ def _forward(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return forward(problem)
 
 
+@on_its_device
 def _backward(
     grad_output: Tensor, log_sums: Tensor, query: Tensor, keys: Tensor, values: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

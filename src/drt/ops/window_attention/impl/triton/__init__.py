@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from drt.ops.device_guard import on_its_device
 from drt.ops.window_attention.impl.triton.backward import backward
 from drt.ops.window_attention.impl.triton.forward import forward
 from drt.ops.window_attention.impl.triton.problem import prepare
@@ -56,12 +57,14 @@ def window_attention(
     return output
 
 
+@on_its_device
 def _forward(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     if query.numel() == 0:
         return _fake_forward(query)
     return forward(prepare(query, *rest))
 
 
+@on_its_device
 def _backward(
     grad_output: Tensor,
     output: Tensor,
