@@ -339,7 +339,7 @@ def read_bytes(path: Path | str, max_bytes: int, *, follow: bool = False) -> byt
         if size > max_bytes:
             raise DRTError(f"{path}: expected at most {max_bytes:,} bytes, got {size:,}")
         try:
-            return file.read(max_bytes)
+            return file.read(size)  # not so many as it might have: so much memory would be taken at once
         except OSError as error:
             raise DRTError(f"{path}: cannot be read: {error.strerror}") from error
 

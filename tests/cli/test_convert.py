@@ -122,7 +122,8 @@ def test_pickled_code_never_runs(refused: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [[1, 2], torch.zeros(3), {"step": 3}, {"model": {"weight": torch.ones(1)}}]
+    "content",
+    [[1, 2], torch.zeros(3), {"step": 3}, {"model": {"weight": torch.ones(1)}}, {3: torch.ones(1)}],
 )
 def test_a_file_of_something_else_is_named(refused: Run, tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "other.pt")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,11 +124,50 @@ def test_folders_that_are_no_corpus_are_refused(make_corpus: MakeCorpus, tmp_pat
         ("[]", r"expected a corpus of format 1, got 'list'"),
         (json.dumps({**values, "format": 2}), "expected a corpus of format 1, got 2"),
         (json.dumps({**values, "splits": 3}), "damaged"),
-        (json.dumps({**values, "dtype": "int8"}), "wanted dtype uint16 or uint32, got 'int8'"),
+        (json.dumps({**values, "dtype": "int8"}), "expected dtype uint16 or uint32, got 'int8'"),
     ):
         path.write_text(broken)
         with pytest.raises(DRTError, match=message):
             open_corpus(folder, "train")
+
+
+def keys_below(value: Any) -> Iterator[tuple[Any, Any]]:
+    """(container, key) of everything in a JSON value."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, below in pairs:
+        yield value, key
+        yield from keys_below(below)
+
+
+def test_what_a_stranger_writes_into_a_manifest_is_refused_in_words(make_corpus: MakeCorpus) -> None:
+    """Every value in turn is replaced by others: it is refused, or what is read of the corpus can be read."""
+    folder = make_corpus()
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    refused = 0
+    for container, key in list(keys_below(values)):
+        whole = container[key]
+        for forged in (None, -1, 2**62, "../x", [], {}, 1.5, True):
+            container[key] = forged
+            path.write_text(json.dumps(values))
+            try:
+                corpus = open_corpus(folder, "train", verify=True)
+                assert len(corpus.names) == len(corpus)
+                assert corpus.document_end is None or corpus.document_end >= 0
+            except DRTError as error:
+                refused += str(folder) in str(error)
+        container[key] = whole
+    assert refused > 100
+
+
+def test_names_that_are_damaged_are_refused(make_corpus: MakeCorpus) -> None:
+    folder = make_corpus()
+    path = next(folder.glob("*.names.jsonl"))
+    size = path.stat().st_size
+    for content in (b"[" * size, b"\xff" * size, b'"x"\n' + b" " * (size - 4)):
+        path.write_bytes(content)
+        with pytest.raises(DRTError, match=rf"{path.name} is damaged"):
+            _ = open_corpus(folder, "train").names
 
 
 def test_an_abandoned_shard_leaves_nothing(tmp_path: Path) -> None:

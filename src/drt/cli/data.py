@@ -80,7 +80,7 @@ SourcesOption = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[SOURCE]...",
-        help="Texts and JSON lines (.jsonl), plain, .xz or .gz; Parquet; folders; hf:NAME[:CONFIG]@SPLIT.",
+        help="Texts, .html, .pdf and JSON lines (.jsonl), plain, .xz or .gz; Parquet; folders; hf:NAME[:CONFIG]@SPLIT.",
         show_default=False,
     ),
 ]
@@ -159,9 +159,10 @@ def prepare(
 ) -> None:
     """Turn texts into a corpus: token ids in memory-mapped files, in splits for training, validation and test.
 
-    Documents are never cut: each lies in one split as a whole. Those of SOURCE are dealt out by their names; give
-    --train, --validation and --test for texts that are split already. Run the same command again after an
-    interruption and it goes on.
+    Documents are never cut: each lies in one split as a whole. Those of SOURCE are dealt out by their names, and by
+    their texts too where a name has come before; give --train, --validation and --test for texts that are split
+    already. Run the same command again after an interruption and it goes on; sources that have changed meanwhile are
+    refused. HTML and PDF want an extra: pip install 'drt-lm[documents]'.
     """
     import os
 

@@ -74,16 +74,47 @@ def read_manifest(folder: Path | str) -> Manifest:
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
         raise DRTError(f"{path}: expected a corpus of format {FORMAT}, got {found!r}")
     try:
-        return Manifest(
-            folder,
-            values["dtype"],
-            values["tokenizer"],
-            dict(values["splits"]),
-            values["sources"],
-            values.get("digest"),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise DRTError(f"{path}: damaged, {error} is missing or wrong") from error
+        _check_manifest(values)
+    except KeyError as error:
+        raise DRTError(f"{path} is damaged: {error} is missing") from error
+    except ValueError as error:
+        raise DRTError(f"{path} is damaged: {error}") from error
+    names = ("dtype", "tokenizer", "splits", "sources")
+    return Manifest(folder, **{name: values[name] for name in names}, digest=values.get("digest"))
+
+
+def _check_manifest(values: dict[str, Any]) -> None:
+    """Make sure that all that is read of a manifest is there and possible: it may come from a stranger."""
+    _check_kinds(values, "manifest", dtype=str, tokenizer=dict, splits=dict, sources=list)
+    if values["dtype"] not in DTYPES:
+        raise ValueError(f"expected dtype {' or '.join(DTYPES)}, got {values['dtype']!r}")
+    _check_kinds(values["tokenizer"], "tokenizer", name=str, fingerprint=str, vocab_size=int)
+    if values["tokenizer"]["document_end"] is not None:
+        _check_kinds(values["tokenizer"], "tokenizer", document_end=int)
+    token_bytes = np.dtype(DTYPES[values["dtype"]]).itemsize
+    for split, listed in values["splits"].items():
+        _check_kinds(listed, split, documents=int, tokens=int, bytes=int, shards=list)
+        for shard in listed["shards"]:
+            _check_kinds(shard, split, name=str, documents=int, tokens=int, bytes=int, files=dict)
+            sizes = {"tokens.bin": token_bytes * shard["tokens"], "documents.bin": 16 * shard["documents"]}
+            for suffix in (*sizes, "names.jsonl"):
+                name = f"{shard['name']}.{suffix}"
+                if Path(name).name != name:
+                    raise ValueError(f"expected the name of a file, got {name!r}")
+                _check_kinds(shard["files"], split, **{name: dict})
+                _check_kinds(shard["files"][name], name, size=int, sha256=str)
+                if shard["files"][name]["size"] != sizes.get(suffix, shard["files"][name]["size"]):
+                    raise ValueError(f"{name} has another size than what it is said to hold")
+
+
+def _check_kinds(values: Any, where: str, **kinds: type) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected an object, got {type(values).__name__}")
+    for name, kind in kinds.items():
+        value = values[name]
+        is_absurd = isinstance(value, int) and not 0 <= value < 2**48
+        if not isinstance(value, kind) or isinstance(value, bool) or is_absurd:
+            raise ValueError(f"{where}: {name} cannot be {str(value)[:50]!r}")
 
 
 class Corpus:
@@ -138,8 +169,17 @@ class Corpus:
     @cached_property
     def names(self) -> list[str]:
         """The name of each document; read when it is first asked for."""
-        files = (self.manifest.folder / f"{shard['name']}.names.jsonl" for shard in self._shards)
-        return [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
+        names: list[str] = []
+        for shard in self._shards:
+            path = self.manifest.folder / f"{shard['name']}.names.jsonl"
+            try:
+                found = [str(json.loads(line)) for line in path.read_bytes().splitlines()]
+            except (ValueError, RecursionError) as error:
+                raise DRTError(f"{path} is damaged: expected names, a JSON string a line") from error
+            if len(found) != shard["documents"]:
+                raise DRTError(f"{path} is damaged: expected {shard['documents']} names, got {len(found)}")
+            names += found
+        return names
 
     def document(self, index: int) -> Tokens:
         """(T,) token ids of a document, a read-only view of the file.
@@ -186,12 +226,7 @@ class Corpus:
 
     @property
     def _dtype(self) -> str:
-        try:
-            return DTYPES[self.manifest.dtype]
-        except KeyError:
-            raise DRTError(
-                f"{self.manifest.folder / MANIFEST}: wanted dtype {' or '.join(DTYPES)}, got {self.manifest.dtype!r}"
-            ) from None
+        return DTYPES[self.manifest.dtype]
 
     def _map(self, shard: dict[str, Any]) -> Tokens:
         path = self.manifest.folder / f"{shard['name']}.tokens.bin"
@@ -200,7 +235,7 @@ class Corpus:
     def _documents(self, shard: dict[str, Any]) -> NDArray[np.int64]:
         path = self.manifest.folder / f"{shard['name']}.documents.bin"
         table = np.fromfile(path, DOCUMENT_DTYPE).reshape(-1, 2).astype(np.int64)
-        if len(table) != shard["documents"] or table[:, 0].sum() != shard["tokens"]:
+        if len(table) != shard["documents"] or table[:, 0].sum() != shard["tokens"] or table.min() < 0:
             raise DRTError(f"{path} is damaged: its documents are not those that {MANIFEST} counts")
         return table
 

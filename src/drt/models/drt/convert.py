@@ -7,7 +7,6 @@ as an output class. Their zeroed landmark key among the S + 1 keys of a chunk is
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from drt.errors import DRTError
-from drt.files import fill_folder
+from drt.files import fill_folder, read_json
 from drt.models.drt.configuration_drt import DRTConfig
 from drt.models.drt.modeling_drt import DRTForCausalLM
 
@@ -171,10 +170,7 @@ def convert_authors_checkpoint(
     config_path = Path(config_json)
     if not config_path.is_file():
         raise DRTError(f"no configuration file at {config_path}")
-    try:
-        settings = json.loads(config_path.read_text())
-    except ValueError as error:  # not JSON, or not text
-        raise DRTError(f"{config_path} is not JSON: {error}") from error
+    settings = read_json(config_path, follow=True)
     if not isinstance(settings, dict):
         raise DRTError(f"{config_path}: wanted a JSON object, got {type(settings).__name__}")
     config = config_from_authors(settings)
@@ -221,7 +217,7 @@ def _load_parameters(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, LookupError, StructError) as error:
         raise DRTError(f"{path} cannot be read as a checkpoint of parameters: {error}") from error
     if not isinstance(parameters, dict) or not all(
-        isinstance(value, Tensor) for value in parameters.values()
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in parameters.items()
     ):
         raise DRTError(f"{path}: wanted a dictionary of names and tensors, got something else")
     return parameters
