@@ -53,8 +53,11 @@ def test_a_wrong_key_or_type_is_one_line(refuses: Run, config: Path, text: str, 
     [
         ("optimizer.lrr=1", "unknown key optimizer.lrr"),
         ("model.hidden_sise=64", "unknown key model.hidden_sise; wanted a field of DRTConfig"),
-        ("model.sink=maybe", "model: Field 'sink' expected bool, got str (value: 'maybe')"),
-        ("model.num_attention_heads=3", "model: hidden_size must be num_attention_heads x head_dim"),
+        ("model.sink=maybe", "Field 'model.sink' expected bool, got str (value: 'maybe')"),
+        (
+            "model.num_attention_heads=3",
+            "model.hidden_size must be model.num_attention_heads x model.head_dim",
+        ),
         ("data.haystack=[nothing.txt]", "nothing.txt: no such file or folder"),
     ],
 )

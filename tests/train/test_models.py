@@ -117,13 +117,13 @@ def _weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     [
         (
             {"hidden_size": 64},
-            r"start: a checkpoint of another architecture \(hidden_size: 32 there, 64 here",
+            r"start: a checkpoint of another architecture \(model.hidden_size: 32 there, 64 here",
         ),
-        ({"model_type": "window"}, r"another architecture \(model_type: 'drt' there, 'window' here\)"),
+        ({"model_type": "window"}, r"another architecture \(model.model_type: 'drt' there, 'window' here\)"),
         ({"position_embedding": "rope"}, "position_embedding: 'alibi' there, 'rope' here"),
         ({"hiden_size": 64}, r"unknown key model\.hiden_size"),
         ({"num_key_value_heads": None, "sink": 3}, "sink: True there, 3 here"),
-        ({"gumbel_noise": "maybe"}, "Field 'gumbel_noise' expected bool, got str"),
+        ({"gumbel_noise": "maybe"}, "Field 'model.gumbel_noise' expected bool, got str"),
         ({"num_upper_layers": [1, 2]}, r"num_upper_layers: 2 there, \[1, 2\] here"),
         ({"num_upper_layers": [1, 1, 1]}, r"num_upper_layers: 2 there, \[1, 1, 1\] here"),
     ],

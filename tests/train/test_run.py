@@ -256,7 +256,14 @@ def test_missing_haystack_is_named(run: Run, make_config: MakeConfig, tmp_path: 
     ("field", "value", "message"),
     [
         ("hiden_size", 3, r"unknown key model\.hiden_size"),
-        ("retrieval_top_k", 0, "retrieval_top_k must be at least 1, got 0"),
+        ("ranges", {}, r"unknown key model\.ranges"),
+        ("retrieval_top_k", 0, r"^model\.retrieval_top_k must be at least 1, got 0"),
+        ("retrieval_top_k", 10**6, r"^model\.retrieval_top_k must be at most 4,096, got 1,000,000"),
+        (
+            "hidden_size",
+            10**9,
+            r"^model\.hidden_size must be (at most|model\.num_attention_heads x model\.head_dim)",
+        ),
     ],
 )
 def test_bad_model_fields_are_refused(

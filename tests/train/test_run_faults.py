@@ -11,7 +11,7 @@ from runs import BestAfter, Killed, MakeConfig, Run, kill
 import drt.train.trainer
 from drt.errors import DRTError
 from drt.train.checkpoints import find_checkpoints
-from drt.train.config import OptimizerConfig, config_to_dict, load_config
+from drt.train.config import OptimizerConfig, ValidationConfig, config_to_dict, load_config
 from drt.train.curriculum import RunningTotals
 from drt.train.folder import claim
 from drt.train.logs import read_metrics
@@ -170,6 +170,24 @@ def test_a_validation_that_is_not_finite_stops_the_run(
     monkeypatch.setattr("drt.train.run.NeedleValidation", lambda *_: lambda model: {"score": float("nan")})
     with pytest.raises(DRTError, match="the validation's score became nan before step 4"):
         run(make_config(save_every=100))
+
+
+def test_another_configuration_is_told_by_its_keys(run: Run, make_config: MakeConfig) -> None:
+    run(make_config(max_steps=1, eval_every=0))
+    changed = make_config(max_steps=1, eval_every=0, optimizer=OptimizerConfig(warmup_steps=3))
+    with pytest.raises(DRTError, match=r"\(optimizer\.warmup_steps: 2 there, 3 here\)"):
+        run(changed)
+
+
+def test_rows_and_questions_that_do_not_fit_are_told_by_their_keys(run: Run, make_config: MakeConfig) -> None:
+    with pytest.raises(DRTError, match=r"^validation\.lengths, data\.validation_haystack: "):
+        run(make_config(validation=ValidationConfig(lengths=[10**6])))
+    config = make_config(eval_every=0)
+    Path(config.data.haystack[0]).write_text("too short for a row of five chunks")
+    with pytest.raises(
+        DRTError, match=r"^curriculum\.0\.chunks: a text of the mix .*train.txt.* is too short"
+    ):
+        run(config)
 
 
 def test_two_runs_in_one_folder(run: Run, make_config: MakeConfig) -> None:

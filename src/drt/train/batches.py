@@ -7,6 +7,7 @@ import torch
 from drt.data.haystack import load_haystack
 from drt.data.needle_mix import NeedleMix
 from drt.data.tokens import Tokenizer
+from drt.errors import DRTError
 from drt.train.config import StageConfig, TrainConfig, mix_config
 from drt.train.trainer import Batch
 
@@ -34,7 +35,10 @@ class BatchMaker:
 
     def __call__(self, step: int, stage: StageConfig) -> Batch:
         """The batch of a step."""
-        mixed = self.mix.batch(step, mix_config(self.config, stage), self.config.seed)
+        try:
+            mixed = self.mix.batch(step, mix_config(self.config, stage), self.config.seed)
+        except DRTError as error:
+            raise DRTError(f"curriculum.{self.config.curriculum.index(stage)}.chunks: {error}") from error
         scored = torch.from_numpy(mixed.answer_mask | mixed.text_mask).flatten().nonzero().flatten()
         length = mixed.input_ids.shape[1]
         columns, place = ((scored - 1) % length).unique(return_inverse=True)

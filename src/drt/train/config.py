@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 
 from drt.data.needle_mix import NeedleMixConfig
 from drt.errors import DRTError
+from drt.models.common.configuration import MOST_RETRIEVED
 from drt.train.strict_yaml import describe, parse, read_mapping
 
 
@@ -50,6 +52,13 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(bool(self.haystack), "haystack: wanted at least one file, got none")
         _require(bool(self.validation_haystack), "validation_haystack: wanted at least one file, got none")
+        shares = self.weights
+        _require(
+            shares is None
+            or (len(shares) == len(self.haystack) and min(shares) >= 0 and 0 < sum(shares) < math.inf),
+            f"weights: wanted a number for each of the {len(self.haystack)} entries of haystack, none of them negative "
+            f"and not all 0, got {shares}",
+        )
         _check_mix(self.mix)
 
 
@@ -81,8 +90,8 @@ class StageConfig:
         _require(self.chunks >= 2, f"chunks: wanted at least 2, got {self.chunks}")
         _require(0 <= self.chain_share <= 1, f"chain_share: wanted 0..1, got {self.chain_share}")
         _require(
-            self.retrieval_top_k is None or self.retrieval_top_k >= 1,
-            f"retrieval_top_k: wanted >= 1, got {self.retrieval_top_k}",
+            self.retrieval_top_k is None or 1 <= self.retrieval_top_k <= MOST_RETRIEVED,
+            f"retrieval_top_k: wanted 1..{MOST_RETRIEVED}, got {self.retrieval_top_k}",
         )
         _require(0 < self.threshold <= 1, f"threshold: wanted 0 < threshold <= 1, got {self.threshold}")
         _require(
@@ -240,6 +249,10 @@ class TrainConfig(RunConfig):
         _require(self.text_weight >= 0, f"text_weight: wanted at least 0, got {self.text_weight}")
         for number, stage in enumerate(self.curriculum):
             length = self.row_length(stage)
+            _require(
+                length >= 64,
+                f"curriculum.{number}.chunks: wanted a row of at least 64 tokens, got {stage.chunks} chunks of {size}",
+            )
             _require(
                 self.tokens_per_step >= length,
                 f"tokens_per_step: wanted at least {length}, one row of curriculum.{number} "
@@ -439,7 +452,9 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     config = parse(TASKS[task], values, "", source)
     if isinstance(config, TrainConfig):
         for number, stage in enumerate(config.curriculum):
-            parse(NeedleMixConfig, _mix_fields(config, stage), f"curriculum.{number}.mix", source)
+            common = {name: f"data.mix.{name}" for name in config.data.mix if name not in stage.mix}
+            mix = _mix_fields(config, stage)
+            parse(NeedleMixConfig, mix, f"curriculum.{number}.mix", source, elsewhere=common)
     return config
 
 

@@ -113,12 +113,21 @@ def claim(output_dir: Path, config: RunConfig) -> None:
         raise _of_another(output_dir, f"{CONFIG_FILE} cannot be read: {error}") from error
     if not isinstance(stored, dict):
         raise _of_another(output_dir, f"{CONFIG_FILE} is damaged")
-    differing = [
-        key for key in {**stored, **values} if key != "output_dir" and stored.get(key) != values.get(key)
-    ]
+    there, here = _flatten(stored), _flatten(values)
+    differing = [key for key in {**there, **here} if key != "output_dir" and there.get(key) != here.get(key)]
     if differing:
-        shown = "; ".join(f"{key}: {stored.get(key)!r} there, {values.get(key)!r} here" for key in differing)
+        shown = "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in differing)
         raise _of_another(output_dir, shown)
+
+
+def _flatten(values: Any, path: str = "") -> dict[str, Any]:
+    """The values of nested mappings and lists by their dotted keys."""
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        name = f"{path}.{key}" if path else str(key)
+        flat |= _flatten(value, name) if isinstance(value, dict | list) and value else {name: value}
+    return flat
 
 
 def _of_another(output_dir: Path, reason: str) -> DRTError:

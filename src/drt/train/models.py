@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -145,7 +147,7 @@ def _checkpoint_config(config: RunConfig, folder: str) -> PreTrainedConfig:
 
 
 def _other_architecture(folder: str, differing: list[tuple[str, Any, Any]]) -> DRTError:
-    shown = "; ".join(f"{name}: {there!r} there, {here!r} here" for name, there, here in differing)
+    shown = "; ".join(f"model.{name}: {there!r} there, {here!r} here" for name, there, here in differing)
     return DRTError(f"init_from {folder}: a checkpoint of another architecture ({shown})")
 
 
@@ -154,7 +156,9 @@ def _make(kind: type[PreTrainedConfig], fields: dict[str, Any]) -> PreTrainedCon
     try:
         return kind(**fields)
     except (StrictDataclassError, ValueError) as error:
-        raise DRTError(f"model: {error.__cause__ or error}") from error
+        names = "|".join(_field_names(kind))
+        reason = re.sub(rf"(?<![\w.])({names})(?!\w)", r"model.\1", str(error.__cause__ or error))
+        raise DRTError(reason) from error
 
 
 def _check_names(kind: type[PreTrainedConfig], fields: dict[str, Any]) -> None:
@@ -167,4 +171,8 @@ def _check_names(kind: type[PreTrainedConfig], fields: dict[str, Any]) -> None:
 def _field_names(config_class: type[PreTrainedConfig]) -> list[str]:
     """A configuration's own fields, not the library's hundred others."""
     bases = [base for base in config_class.__mro__ if issubclass(base, PreTrainedConfig)]
-    return [name for base in bases if base is not PreTrainedConfig for name in inspect.get_annotations(base)]
+    own = [name for base in bases if base is not PreTrainedConfig for name in inspect.get_annotations(base)]
+    fields = {
+        item.name for item in dataclasses.fields(config_class)
+    }  # without what the class only says of itself
+    return [name for name in dict.fromkeys(own) if name in fields]

@@ -10,7 +10,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,39 +101,42 @@ def _list_item(node: Any, index: str, override: str) -> Any:
     return node[int(index)]
 
 
-def parse(cls: type[T], values: Any, path: str, source: str) -> T:
+def parse(cls: type[T], values: Any, path: str, source: str, elsewhere: Mapping[str, str] | None = None) -> T:
     """Build a dataclass from a mapping, checking every key and type.
 
     Args:
-        cls: the dataclass.
+        cls: the dataclass; what its own checks refuse, they say as `name: reason` or `name, name: reason`.
         values: the mapping.
         path: dotted path of the mapping in the file, for messages.
         source: name of the file, for messages.
+        elsewhere: dotted keys of the values that do not come from the mapping at `path`.
 
     Raises:
-        DRTError: a key or a value that does not fit.
+        DRTError: a key or a value that does not fit. The message has its full dotted key.
     """
-    where = path or "the top level"
+
+    def dotted(name: str) -> str:
+        return (elsewhere or {}).get(name) or (f"{path}.{name}" if path else name)
+
     if not isinstance(values, dict):
+        where = path or "the top level"
         raise DRTError(f"{source}: {where}: wanted a mapping of keys to values, got {describe(values)}")
     fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            name = f"{path}.{key}" if path else str(key)
-            raise DRTError(f"{source}: unknown key {name}; wanted one of {', '.join(fields)}")
+            raise DRTError(f"{source}: unknown key {dotted(str(key))}; wanted one of {', '.join(fields)}")
     for name, item in fields.items():
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and name not in values:
-            raise DRTError(f"{source}: {where}: the key {name} is missing")
+            raise DRTError(f"{source}: the key {dotted(name)} is missing")
     hints = typing.get_type_hints(cls)
-    parsed = {
-        key: _convert(hints[key], value, f"{path}.{key}" if path else key, source)
-        for key, value in values.items()
-    }
+    parsed = {key: _convert(hints[key], value, dotted(key), source) for key, value in values.items()}
     try:
         return cls(**parsed)
     except ValueError as error:
-        raise DRTError(f"{source}: {path + '.' if path else ''}{error}") from error
+        names, separator, reason = str(error).partition(": ")
+        named = ", ".join(map(dotted, names.split(", ")))
+        raise DRTError(f"{source}: {named}{separator}{reason}") from error
 
 
 def _convert(hint: Any, value: Any, path: str, source: str) -> Any:

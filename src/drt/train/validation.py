@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from drt.data.haystack import load_haystack
 from drt.data.needles import is_correct, make_sample
 from drt.data.tokens import Tokenizer
+from drt.errors import DRTError
 from drt.models.reading import read_and_generate
 from drt.train.config import TrainConfig
 
@@ -41,12 +42,17 @@ class NeedleValidation:
         haystack = load_haystack(config.data.validation_haystack)
         self.segment_size = plan.segment_size
         self.check_interrupt = check_interrupt
-        self.samples = [
-            make_sample(task, tokenizer, haystack, length, (index + 0.5) / plan.samples, config.seed, index)
-            for length in plan.lengths
-            for task in plan.tasks
-            for index in range(plan.samples)
-        ]
+        try:
+            self.samples = [
+                make_sample(
+                    task, tokenizer, haystack, length, (index + 0.5) / plan.samples, config.seed, index
+                )
+                for length in plan.lengths
+                for task in plan.tasks
+                for index in range(plan.samples)
+            ]
+        except DRTError as error:
+            raise DRTError(f"validation.lengths, data.validation_haystack: {error}") from error
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
         """Let a model in eval mode answer every sample."""

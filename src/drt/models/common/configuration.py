@@ -14,6 +14,7 @@ from drt.models.common.packaged import PackagedConfig
 MOST_LAYERS = 1024
 MOST_TOKENS = 2**24  # of a window
 MOST_CHUNKS = MOST_CHUNK_TOKENS = 2**16
+MOST_RETRIEVED = 2**12
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What makes the library fetch, load or build something else than our classes say.

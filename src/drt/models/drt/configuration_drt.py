@@ -9,8 +9,8 @@ from huggingface_hub.dataclasses import strict
 from drt.layers.fixed_retrievers import FIXED_RETRIEVERS
 from drt.models.common.configuration import (
     MOST_CHUNK_TOKENS,
-    MOST_CHUNKS,
     MOST_LAYERS,
+    MOST_RETRIEVED,
     MOST_TOKENS,
     ModelConfig,
 )
@@ -71,7 +71,7 @@ class DRTConfig(ModelConfig):
         "num_groups": (1, MOST_LAYERS),
         "num_encoder_layers": (0, MOST_LAYERS),
         "chunk_size": (1, MOST_CHUNK_TOKENS),
-        "retrieval_top_k": (1, MOST_CHUNKS),
+        "retrieval_top_k": (1, MOST_RETRIEVED),
         "sliding_window": (1, MOST_TOKENS),
         "encoder_rms_norm_eps": (0, 1),
     }

@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from drt.models.common.configuration import (
     MOST_CHUNK_TOKENS,
     MOST_CHUNKS,
+    MOST_RETRIEVED,
     MOST_TOKENS,
     DecoderConfig,
 )
@@ -31,7 +32,7 @@ class LandmarkConfig(DecoderConfig):
     ranges: ClassVar[dict[str, tuple[float, float]]] = {
         **DecoderConfig.ranges,
         "chunk_size": (1, MOST_CHUNK_TOKENS),
-        "retrieval_top_k": (1, MOST_CHUNKS),
+        "retrieval_top_k": (1, MOST_RETRIEVED),
         "local_chunks": (0, MOST_CHUNKS),
         "max_chunk_distance": (1, MOST_TOKENS),
     }
