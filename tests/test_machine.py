@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -80,3 +83,31 @@ def test_freed_memory_is_kept_when_wanted(kept: bool) -> None:
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.platform, "libc_ver", lambda: ("", ""))
     assert not machine.keep_freed_memory()
+
+
+def test_ctrl_c_waits_for_the_end_of_a_block_and_twice_does_not() -> None:
+    done = []
+
+    def press(times: int) -> None:
+        with machine.hold_interrupt():
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+            done.append(times)
+
+    press(0)
+    for times in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            press(times)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert done == [0, 1]
+
+
+def test_a_program_that_handles_ctrl_c_itself_is_left_alone() -> None:
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with machine.hold_interrupt():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    with ThreadPoolExecutor(1) as pool, machine.hold_interrupt():
+        assert pool.submit(lambda: machine.hold_interrupt().__enter__()).result() is None

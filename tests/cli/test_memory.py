@@ -222,6 +222,31 @@ def test_a_first_build_can_be_dropped(
     assert [one["name"] for one in facts(drt, "m")["documents"]] == [str(other)]
 
 
+def test_an_archive_in_a_folder_of_texts_is_none_of_them(
+    drt: Run, build: Run, checkpoint: Path, book: Path, stop_after: Callable[[int], None]
+) -> None:
+    Path("texts").mkdir()
+    for name in ("a.txt", "z.txt"):
+        Path("texts", name).write_bytes(name.encode() + book.read_bytes())
+    stop_after(4)
+    options = ("texts", "-o", "texts/m", "--segment-size", "60")
+    assert drt("memory", "build", "--checkpoint", checkpoint, *options).exit_code == 130
+    build(*options)
+    assert "texts/m is complete" in build(*options).stdout
+    assert [one["name"] for one in facts(drt, "texts/m")["documents"]] == ["texts/a.txt", "texts/z.txt"]
+
+
+def test_verify_names_a_link_in_place_of_a_file(drt: Run, build: Run, book: Path) -> None:
+    build(book, "-o", "m")
+    Path("m", "text.bin").unlink()
+    for target in ("nowhere", "/dev/zero", book):
+        Path("m", "text.bin").symlink_to(target)
+        result = drt("memory", "verify", "m")
+        assert (result.exit_code, result.stdout.count("\n")) == (1, 1)
+        assert "m/text.bin: expected a regular file, got a symbolic link" in result.stdout
+        Path("m", "text.bin").unlink()
+
+
 def test_ctrl_c_before_anything_was_read_leaves_no_folder(
     drt: Run, checkpoint: Path, book: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -204,7 +204,7 @@ def verify(folder: FolderArgument) -> None:
     from drt.memory.manifest import DATA_FILES
 
     files = [path for path in folder.glob("*") if path.name in (*DATA_FILES, INDEX_FILE)]
-    total = sum(path.stat().st_size for path in files)
+    total = sum(path.lstat().st_size for path in files)
     with bytes_progress("checking") as progress:
         task = progress.add_task("", total=total)
         problems = verify_archive(folder, lambda count: progress.advance(task, count))
@@ -218,6 +218,8 @@ def verify(folder: FolderArgument) -> None:
 def find_texts(files: Sequence[Path], folder: Path) -> dict[Path, int]:
     """The texts that files and folders are, each with its size in bytes, before hours go into the first.
 
+    An archive that lies in a folder of texts is none of them.
+
     Raises:
         DRTError: as `drt.data.text_files.text_files`; where an unfinished archive waits for the files it says how to go
             on without them.
@@ -225,7 +227,13 @@ def find_texts(files: Sequence[Path], folder: Path) -> dict[Path, int]:
     from drt.data.text_files import text_files
 
     try:
-        return text_files(files)
+        sizes = text_files(files)
+        archive = folder.resolve()
+        return {
+            path: size
+            for path, size in sizes.items()
+            if path in files or not path.resolve().is_relative_to(archive)
+        }
     except DRTError as error:
         from drt.memory.archive import MANIFEST
         from drt.memory.manifest import Manifest
