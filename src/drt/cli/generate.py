@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from drt.errors import DRTError
-from drt.models.common.devices import input_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,6 +90,7 @@ def generate(
 
     from drt.cli.shared import load_checkpoint, open_archive, parse_length
     from drt.data.tokens import TextCodec
+    from drt.models.common.devices import input_device
     from drt.models.drt import DRTCache
 
     tokens_a_pass = parse_length("--segment-size", segment_size)
