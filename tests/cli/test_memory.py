@@ -424,3 +424,13 @@ def test_other_settings_models_and_tokenizers_are_refused(
     assert "m was made with another tokenizer" in refuses("ask", "m", "hello", "--checkpoint", changed)
     with Archive.open("m") as archive:
         assert len(archive.documents) == 1
+
+
+@pytest.mark.parametrize("name", ["chunks.bin", "landmarks.faiss"])
+def test_a_link_that_leads_nowhere_is_named(drt: Run, build: Run, book: Path, name: str) -> None:
+    build(book, "-o", "m")
+    Path("m", name).unlink(missing_ok=True)
+    Path("m", name).symlink_to("nowhere")
+    result = drt("memory", "verify", "m")
+    assert result.exit_code == 1
+    assert f"m/{name}: expected a regular file, got a symbolic link" in result.stdout

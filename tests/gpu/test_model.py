@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,6 +186,27 @@ def test_two_questions_of_a_text_that_lies_elsewhere(dtype: torch.dtype, tier: s
     expected = answer(read(DeviceStore()))
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+def test_copies_of_a_memory_on_the_host_go_their_own_ways() -> None:
+    """Also when what was read last has not arrived there yet."""
+    model = build("cuda").eval()
+    text, *ways = torch.randint(0, 300, (3, 1, 200), device="cuda")
+    question = torch.randint(0, 300, (1, 40), device="cuda")
+
+    def read(tokens: torch.Tensor, cache: DRTCache) -> DRTCache:
+        model(input_ids=tokens, past_key_values=cache)
+        return cache
+
+    expected = []
+    for way in ways:
+        cache = read(way, read(text, DRTCache(model.config, HostStore("float32"))))
+        expected.append(model(input_ids=question, past_key_values=cache).logits)
+    begun = read(text, DRTCache(model.config, HostStore("float32")))
+    copies = [read(way, copy.deepcopy(begun)) for way in ways]
+    for one, wanted in zip(copies, expected, strict=True):
+        found = model(input_ids=question, past_key_values=one).logits
+        assert (found - wanted).norm() <= 1e-4 * wanted.norm()
 
 
 def test_half_precision_reading_is_near_float32() -> None:
