@@ -33,6 +33,8 @@ class ChunkedCrossAttention(GroupedCrossAttention):
             torch.arange(size, device=keys.device)
             < lengths.masked_fill(memory.chunk_indices < 0, 0)[..., None]
         )
+        # What lies elsewhere has no weight, but 0 * NaN is NaN.
+        keys, values = (x.masked_fill(~seen[..., None, None], 0) for x in (keys, values))
         seen = seen.flatten(2).flatten(0, 1)  # (B * N, K * S)
         # A last key and value of zeros is the sink; without one it is seen only where nothing else is.
         rest = torch.ones_like(seen[:, :1]) if self.sink else ~seen.any(-1, keepdim=True)

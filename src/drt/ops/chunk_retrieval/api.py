@@ -147,7 +147,7 @@ def _select_block(
     looking = _may_look(visible)
     sees_most, sees_least = blocks.num_landmarks, 0
     if looking:
-        sees_most, sees_least = int(visible.max()), int(visible.min())
+        sees_most, sees_least = (int(visible.max()), int(visible.min())) if visible.numel() else (0, 0)
     for first, landmarks in _columns(blocks, start, sees_most):
         scores = _scores(query, landmarks, scale)
         last = first + landmarks.shape[1]

@@ -70,7 +70,7 @@ def select_by_bm25(
     slots = query.shape[-1] // 2
     largest = [int(features[..., :slots].max()) for features in (query, held) if features.numel()]
     num_terms = 1 + max([0, *largest])
-    for start in range(0, count, QUERY_BLOCK) if held.shape[1] else ():
+    for start in range(0, count, QUERY_BLOCK) if held.numel() else ():
         part = slice(start, start + QUERY_BLOCK)
         sees = visible[:, part]
         scores = _scores(query[:, part], held, sees, num_terms)

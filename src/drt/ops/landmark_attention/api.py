@@ -29,6 +29,8 @@ def grouped_softmax_attention(query: Tensor, key: Tensor, value: Tensor, chunk_s
     Returns:
         (B, P, h, D).
     """
+    if query.numel() == 0:
+        return query.clone()
     slots = chunk_size + 1
     length, repeats = query.shape[1], query.shape[2] // key.shape[2]
     key, value = (
@@ -96,6 +98,8 @@ def retrieving_attention(
     Returns:
         (B, P, h, D).
     """
+    if query.numel() == 0:
+        return query.clone()
     slots = chunk_size + 1
     length = query.shape[1]
     rows = torch.arange(query.shape[0], device=query.device).unsqueeze(1)

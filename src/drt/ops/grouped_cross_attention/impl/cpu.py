@@ -115,17 +115,31 @@ class _Chunks(Protocol):
         """The sum of what was accumulated, shaped like the tensor the chunks came from."""
 
 
+def _without(chunks: Tensor, empty: Tensor | None, slab: Slab) -> Tensor:
+    """A slab's chunks (n, h_kv, k, S, D) with zeros in the slots that are empty, of empty (M, K).
+
+    What lies there is some other chunk: its weight is 0, and 0 * NaN is NaN.
+    """
+    if empty is None:
+        return chunks
+    missing = empty[slab.blocks, None, : slab.slots, None, None]
+    if chunks.device.type == "cpu" and not bool(missing.any()):
+        return chunks
+    return chunks.masked_fill(missing, 0)
+
+
 class _GatheredChunks:
     """Chunks (B, N, K, S, h_kv, D), one copy a slot."""
 
-    def __init__(self, chunks: Tensor, zeros: int, dtype: torch.dtype) -> None:
+    def __init__(self, chunks: Tensor, empty: Tensor | None, zeros: int, dtype: torch.dtype) -> None:
+        self.empty = empty
         self.slots = chunks.permute(0, 1, 4, 2, 3, 5)
         self.blocks = self.slots.flatten(0, 1)
         self.zeros, self.dtype = zeros, dtype
         self.grad: Tensor | None = None
 
     def read(self, slab: Slab) -> Tensor:
-        chunks = self.blocks[slab.blocks, :, : slab.slots].to(self.dtype)
+        chunks = _without(self.blocks[slab.blocks, :, : slab.slots].to(self.dtype), self.empty, slab)
         return pad(chunks, (0, 0, 0, self.zeros)) if self.zeros else chunks.contiguous()
 
     def accumulate(self, gradient: Tensor, slab: Slab) -> None:
@@ -141,11 +155,14 @@ class _GatheredChunks:
 class _ChunkTable:
     """Chunks (B, C, S, h_kv, D) and the indices (B, N, K) of the slots that read them."""
 
-    def __init__(self, chunks: Tensor, indices: Tensor, zeros: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, chunks: Tensor, indices: Tensor, empty: Tensor | None, zeros: int, dtype: torch.dtype
+    ) -> None:
+        self.empty = empty
         batch, count, size, heads, dim = chunks.shape
         self.shape, self.input_dtype = chunks.shape, chunks.dtype
         table = pad(chunks.transpose(2, 3).to(dtype), (0, 0, 0, zeros))
-        self.table = table.reshape(batch * count * heads, -1)
+        self.table = table.reshape(batch * count * heads, (size + zeros) * dim)
         self.chunk_shape = (size + zeros, dim)
         first = torch.arange(batch, device=chunks.device).view(batch, 1, 1, 1) * count
         head = torch.arange(heads, device=chunks.device).view(heads, 1)
@@ -155,7 +172,8 @@ class _ChunkTable:
 
     def read(self, slab: Slab) -> Tensor:
         rows = self.rows[slab.blocks, :, : slab.slots]
-        return self.table.index_select(0, rows.flatten()).view(*rows.shape, *self.chunk_shape)
+        chunks = self.table.index_select(0, rows.flatten()).view(*rows.shape, *self.chunk_shape)
+        return _without(chunks, self.empty, slab)
 
     def accumulate(self, gradient: Tensor, slab: Slab) -> None:
         if self.grad is None:
@@ -166,7 +184,7 @@ class _ChunkTable:
     def gradient(self) -> Tensor:
         batch, count, size, heads, dim = self.shape
         grad = torch.zeros_like(self.table) if self.grad is None else self.grad
-        grad = grad.view(batch, count, heads, -1, dim)[..., :size, :].transpose(2, 3)
+        grad = grad.view(batch, count, heads, self.chunk_shape[0], dim)[..., :size, :].transpose(2, 3)
         return grad.to(self.input_dtype).contiguous()
 
 
@@ -194,7 +212,13 @@ class _Slabs:
         self.slots = _filled_slots(weights, indices, lengths)
         self.weights = weights.reshape(-1, 1, weights.shape[2], 1, 1).to(self.dtype)
         zeros = int(sink) + _filling(size + sink)
-        self.keys, self.values = (self._chunks(x, indices, zeros) for x in (keys, values))
+        empty = None if indices is None else indices < 0
+        if lengths is not None:
+            empty = lengths == 0 if empty is None else empty | (lengths == 0)
+        self.keys, self.values = (
+            self._chunks(x, indices, None if empty is None else empty.flatten(0, 1), zeros)
+            for x in (keys, values)
+        )
         self.bias = None
         if lengths is not None or zeros > sink:
             self.bias = self._bias(weights.shape, lengths, size, sink, zeros)
@@ -202,10 +226,10 @@ class _Slabs:
         budget = SLAB_BYTES_CPU if query.device.type == "cpu" else SLAB_BYTES
         self.step = max(1, budget // score_bytes)
 
-    def _chunks(self, chunks: Tensor, indices: Tensor | None, zeros: int) -> _Chunks:
+    def _chunks(self, chunks: Tensor, indices: Tensor | None, empty: Tensor | None, zeros: int) -> _Chunks:
         if indices is None:
-            return _GatheredChunks(chunks, zeros, self.dtype)
-        return _ChunkTable(chunks, indices, zeros, self.dtype)
+            return _GatheredChunks(chunks, empty, zeros, self.dtype)
+        return _ChunkTable(chunks, indices, empty, zeros, self.dtype)
 
     def _bias(self, slots: torch.Size, lengths: Tensor | None, size: int, sink: bool, zeros: int) -> Tensor:
         """(M, 1, 1, K, S'): -inf where no softmax may look, but for empty slots: their weight is 0 as it is."""

@@ -67,6 +67,7 @@ class _Bands:
         window: int,
         scale: float,
     ) -> None:
+        window = max(1, min(window, keys.shape[1]))  # no query sees more, and each costs memory
         self.dtype = torch.promote_types(query.dtype, torch.float32)
         self.scale = scale
         self.length, self.heads = query.shape[1:3]
@@ -127,7 +128,7 @@ class _Bands:
             first = torch.full((1,), furthest, device=self.query.device)
         else:
             first = key_start + self.front
-            furthest = int(first.max())
+            furthest = int(first.max()) if len(first) else 0
         reaching = max(0, min(self.blocks, -(-furthest // self.block)))
         start = torch.arange(reaching, device=first.device).view(1, -1, 1, 1) * self.block
         absent = start + torch.arange(self.span, device=first.device) < first.view(-1, 1, 1, 1)

@@ -27,6 +27,8 @@ def window_attention(
     """Arguments as in `drt.ops.window_attention.window_attention`."""
     inlined = torch.compiler.is_compiling() or query.device.type == "cpu"
     attend = _attend if inlined else _compiled()
+    if query.numel() == 0:  # FlexAttention has no mask of no blocks
+        return query.clone()
     return attend(query, key, value, window, key_start, alibi_slopes, scale)
 
 
