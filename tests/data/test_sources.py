@@ -111,6 +111,17 @@ def test_files_of_a_folder(folder: Path) -> None:
     ]
 
 
+def test_rows_of_files_in_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    lines = "\n".join(json.dumps(row) for row in ROWS).encode()
+    (folder / "0.jsonl.xz").write_bytes(lzma.compress(lines))
+    (folder / "1.jsonl").write_bytes(lines)
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "2.parquet")
+    (folder / "3.json").write_text('{"setting": 1}')
+    assert read(folder) == DOCUMENTS * 3 + [Document("shards/3.json", b'{"setting": 1}')]
+
+
 def test_directories_of_a_folder(folder: Path) -> None:
     assert read(folder, documents="directories") == [
         Document("source", b"ay\nbee"),

@@ -28,8 +28,9 @@ class Source:
             file is JSON lines (.jsonl, .json), Parquet (.parquet) or one text, as `drt.data.text_files` reads it.
         split: `train`, `validation` or `test`; None: by each document's key.
         text_field: of a JSON object or a table's row: the text.
-        documents: what a document of a folder is: `files`, each text file below it, or `directories`, the text files
-            that lie directly in one directory, joined in the order of their names.
+        documents: what a document of a folder is: `files`, each text file below it and each row of its .jsonl and
+            .parquet files, or `directories`, the text files that lie directly in one directory, joined in the order of
+            their names.
 
     Raises:
         DRTError: `documents` is something else.
@@ -125,13 +126,18 @@ def _reader(source: Source) -> Iterator[Document]:
             f"{path}: no such file or folder; wanted a text, JSON lines, Parquet, or {HUB}NAME@SPLIT"
         )
     if path.is_dir():
-        return _read_folder(path, source.documents)
+        return _read_folder(path, source)
+    return _read_rows(path, source.text_field) or iter([Document(path.name, read_text(path))])
+
+
+def _read_rows(path: Path, text_field: str) -> Iterator[Document] | None:
+    """The documents of a file that is a table by its ending, or `None`."""
     kind = kind_of(path)
-    if kind in (".jsonl", ".json"):
-        return (_from_row(row, source.text_field, where) for where, row in json_rows(path))
     if kind == ".parquet":
-        return _read_parquet(path, source.text_field)
-    return iter([Document(path.name, read_text(path))])
+        return _read_parquet(path, text_field)
+    if kind in (".jsonl", ".json"):
+        return (_from_row(row, text_field, where) for where, row in json_rows(path))
+    return None
 
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
@@ -173,12 +179,15 @@ def _from_row(row: Any, text_field: str, where: str) -> Document:
     return Document(name, text.encode("utf-8", "replace"))  # JSON may hold half a surrogate pair
 
 
-def _read_folder(folder: Path, documents: str) -> Iterator[Document]:
-    texts = folder_texts(folder, read_text)
-    if documents == FILES:
-        for path, text in texts:
-            yield Document(str(path.relative_to(folder.parent)), text)
-    else:
-        for directory, found in groupby(texts, key=lambda text: text[0].parent):
+def _read_folder(folder: Path, source: Source) -> Iterator[Document]:
+    if source.documents == DIRECTORIES:
+        for directory, found in groupby(folder_texts(folder, read_text), key=lambda text: text[0].parent):
             joined = b"\n".join(text for _, text in found)
             yield Document(str(directory.relative_to(folder.parent)), joined)
+        return
+    tables = (".jsonl", ".parquet")  # a .json in a folder is as often a text of its own
+    for path, text in folder_texts(folder, lambda path: None if kind_of(path) in tables else read_text(path)):
+        if text is None:
+            yield from _read_rows(path, source.text_field) or ()
+        else:
+            yield Document(str(path.relative_to(folder.parent)), text)
