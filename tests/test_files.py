@@ -179,7 +179,7 @@ def test_a_folder_that_cannot_be_filled_stays_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         fill(KeyError())
     assert {path.name for path in tmp_path.iterdir()} == {"b", "file"}
-    with pytest.raises(DRTError, match="file: cannot be written"), fill_folder(tmp_path / "file"):
+    with pytest.raises(DRTError, match="file: expected a folder"), fill_folder(tmp_path / "file"):
         pytest.fail("a file is no folder")
 
 

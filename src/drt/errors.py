@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class DRTError(ValueError):
     """A mistake of the user's: a wrong file, a wrong setting. The message says what was got and what is wanted.
@@ -16,6 +19,15 @@ class Interrupted(KeyboardInterrupt):
     It is a `KeyboardInterrupt`, so what lets Ctrl-C through lets it through. The `drt` command prints the message
     and exits with code 130.
     """
+
+
+@contextmanager
+def naming(what: object) -> Iterator[None]:
+    """Begin messages of mistakes with the option or file that is wrong."""
+    try:
+        yield
+    except DRTError as error:
+        raise DRTError(f"{what}: {error}") from error
 
 
 def reason(error: Exception) -> str:

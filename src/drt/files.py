@@ -46,7 +46,8 @@ def open_regular(
             raise DRTError(f"{path}: expected a regular file, got a symbolic link") from error
         if error.errno in (errno.ENXIO, errno.EISDIR):
             raise DRTError(f"{path}: expected a regular file, got {_describe_target(path)}") from error
-        raise DRTError(f"{path}: cannot be opened: {error.strerror}") from error
+        done = "read" if flags & os.O_ACCMODE == os.O_RDONLY else "written"
+        raise DRTError(f"{path}: cannot be {done}: {error.strerror}") from error
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
@@ -58,20 +59,20 @@ def open_regular(
     return descriptor
 
 
-def read_regular(path: Path | str, max_bytes: int | None = None) -> bytes:
-    """Read a file that the user names; it may be a link to a regular one.
+def make_folder(folder: Path) -> None:
+    """Make a folder where there is none.
 
     Raises:
-        DRTError: it cannot be read, is not a regular file, or holds more than ``max_bytes``.
+        DRTError: something else is there, or it cannot be made; the message names it.
     """
-    with os.fdopen(open_regular(path, follow=True), "rb") as file:
-        try:
-            content = file.read(-1 if max_bytes is None else max_bytes + 1)
-        except OSError as error:
-            raise DRTError(f"{path}: cannot be read: {error.strerror}") from error
-    if max_bytes is not None and len(content) > max_bytes:
-        raise DRTError(f"{path}: expected at most {max_bytes:,} bytes, got more")
-    return content
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise DRTError(
+            f"{folder}: expected a folder or a new name, got {_describe_target(folder)}"
+        ) from error
+    except OSError as error:
+        raise DRTError(f"{folder}: cannot be made: {error.strerror}") from error
 
 
 def check_output(path: Path) -> None:
@@ -140,9 +141,9 @@ def fill_folder(folder: Path | str) -> Iterator[Path]:
         DRTError: ``folder`` cannot be made or written, or a name in it is a link, device, pipe or folder.
     """
     folder = Path(folder)
+    make_folder(folder)
     temporary: Path | None = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=folder))
         yield temporary
         names = [path.relative_to(temporary) for path in sorted(temporary.rglob("*")) if path.is_file()]
@@ -328,7 +329,7 @@ def check_inputs(folder: Path) -> None:
             raise DRTError(f"{path}: expected a regular file, got {_describe_target(path)}")
 
 
-def read_bytes(path: Path | str, max_bytes: int, *, follow: bool = False) -> bytes:
+def read_bytes(path: Path | str, max_bytes: int | None = None, *, follow: bool = False) -> bytes:
     """Read a whole file that may come from a stranger; ``follow`` as for `open_regular`.
 
     Raises:
@@ -336,7 +337,7 @@ def read_bytes(path: Path | str, max_bytes: int, *, follow: bool = False) -> byt
     """
     with os.fdopen(open_regular(path, follow=follow), "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size > max_bytes:
+        if max_bytes is not None and size > max_bytes:
             raise DRTError(f"{path}: expected at most {max_bytes:,} bytes, got {size:,}")
         try:
             return file.read(size)  # not so many as it might have: so much memory would be taken at once

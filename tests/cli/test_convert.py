@@ -86,7 +86,7 @@ def test_every_form_gives_the_authors_model(
 
 def test_missing_files_are_named(refused: Run, files: Path, tmp_path: Path) -> None:
     assert refused(tmp_path / "nothing.pt") == f"no checkpoint at {tmp_path / 'nothing.pt'}"
-    assert "no configuration file at" in refused(files, tmp_path / "nothing.json")
+    assert "nothing.json: cannot be read" in refused(files, tmp_path / "nothing.json")
     (tmp_path / "empty").mkdir()
     assert "holds neither model.safetensors nor pytorch_model.bin" in refused(tmp_path / "empty")
 

@@ -143,7 +143,7 @@ def test_mistakes_are_one_line(
     assert "no checkpoint folder" in refuses("eval", "perplexity", "--checkpoint", "none", "--data", text)
     assert Path("perplexity.jsonl").read_text() == "records of a model"
     assert "no such folder" in refuses("eval", "runs", "none", "--data", text, "-o", "out")
-    assert "none.jsonl: cannot be opened" in refuses("report", "none.jsonl")
+    assert "none.jsonl: cannot be read" in refuses("report", "none.jsonl")
     (tmp_path / "empty").mkdir()
     assert "wanted a folder with files of records" in refuses("report", tmp_path / "empty")
 

@@ -111,7 +111,7 @@ def test_dtype(generate: Run) -> None:
         (["text", "--file", "-"], "wanted either a PROMPT or --file FILE"),
         ([""], "the prompt is empty"),
         (["--file", "-"], "the prompt is empty"),
-        (["--file", "nothing.txt"], "nothing.txt: cannot be opened: No such file or directory"),
+        (["--file", "nothing.txt"], "nothing.txt: cannot be read: No such file or directory"),
         (["--file", "."], ".: expected a regular file, got a folder"),
         (["text", "--temperature", "0.5"], "--temperature: only with --sample"),
         (["text", "--top-p", "0.5", "--seed", "1"], "--top-p, --seed: only with --sample"),

@@ -326,7 +326,7 @@ def test_verify_names_what_is_damaged(drt: Run, build: Run, book: Path, name: st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing.txt", "-o", "m"], "nothing.txt: cannot be opened: No such file or directory"),
+        (["nothing.txt", "-o", "m"], "nothing.txt: cannot be read: No such file or directory"),
         (["none", "-o", "m"], "none: expected a folder with text files in it, got none"),
         (["empty.txt", "-o", "m"], "empty.txt is empty"),
         (["a.txt", "a.txt", "-o", "m"], "a.txt is named twice"),

@@ -52,7 +52,7 @@ def test_bad_files_are_named(tmp_path: Path, content: str, message: str) -> None
     (tmp_path / "bad.jsonl").write_text(content)
     with pytest.raises(DRTError, match=message):
         read_pairs(tmp_path / "bad.jsonl")
-    with pytest.raises(DRTError, match=r"none\.jsonl: cannot be opened"):
+    with pytest.raises(DRTError, match=r"none\.jsonl: cannot be read"):
         read_pairs(tmp_path / "none.jsonl")
 
 

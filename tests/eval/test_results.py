@@ -290,13 +290,13 @@ def test_records_are_read_from_regular_files(tmp_path: Path, make_record: MakeRe
 
 def test_a_file_that_cannot_be_read_or_written_is_named(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
-    with pytest.raises(DRTError, match=re.escape(f"{path}: cannot be opened")):
+    with pytest.raises(DRTError, match=re.escape(f"{path}: cannot be read")):
         read_records(path, NeedleRecord)
     path.write_bytes(b"\xff\n")
     with pytest.raises(DRTError, match=re.escape(f"{path}: cannot be read as records")):
         read_records(path, NeedleRecord)
     for append in (False, True):
-        with pytest.raises(DRTError, match="below: cannot be opened"):
+        with pytest.raises(DRTError, match="below: cannot be written"):
             RecordWriter(path / "below", append)
 
 

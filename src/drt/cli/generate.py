@@ -53,7 +53,10 @@ def generate(
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="With --sample: the same seed draws the same text. Default: 0.")
+        int | None,
+        typer.Option(
+            min=0, max=2**32 - 1, help="With --sample: the same seed draws the same text. Default: 0."
+        ),
     ] = None,
     segment_size: Annotated[
         str, typer.Option(metavar="N", help="Tokens read in one pass; more of them take more memory.")

@@ -12,13 +12,13 @@ import typer
 from drt.cli.shared import (
     check_outputs,
     load_checkpoint,
-    naming,
     parse_length,
     parse_lengths,
     reading_progress,
 )
-from drt.errors import DRTError, Interrupted
+from drt.errors import DRTError, Interrupted, naming
 from drt.files import atomic_write
+from drt.machine import MOST_THREADS
 from drt.terminal import print_table, say
 
 if TYPE_CHECKING:
@@ -41,9 +41,12 @@ def needle(
             metavar="TASK,...", help="What is asked: single, multikey, multihop, or a list of them."
         ),
     ] = "single",
-    samples: Annotated[int, typer.Option(min=1, help="Texts to read for each task and length.")] = 20,
+    samples: Annotated[
+        int, typer.Option(min=1, max=10**6, help="Texts to read for each task and length.")
+    ] = 20,
     seed: Annotated[
-        int, typer.Option(min=0, help="Of the needles and where they are; a seed repeats a run.")
+        int,
+        typer.Option(min=0, max=2**63 - 1, help="Of the needles and where they are; a seed repeats a run."),
     ] = 7,
     checkpoint: Annotated[
         Path | None,
@@ -88,7 +91,9 @@ def needle(
             "Default: as they are computed."
         ),
     ] = None,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as there are cores.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=0, max=MOST_THREADS, help="CPU threads; 0: as many as there are cores.")
+    ] = 0,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")
     ] = "auto",

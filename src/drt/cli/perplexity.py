@@ -21,6 +21,7 @@ from drt.cli.shared import (
 )
 from drt.errors import DRTError, Interrupted
 from drt.files import atomic_write
+from drt.machine import MOST_THREADS
 from drt.terminal import say
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Documents read side by side
 Reference = Annotated[
     str | None, typer.Option(metavar="NAME", help="Model to compare the others with. Default: the best.")
 ]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as there are cores.")]
+Threads = Annotated[
+    int, typer.Option(min=0, max=MOST_THREADS, help="CPU threads; 0: as many as there are cores.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: what the checkpoint holds.")]
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -21,7 +20,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from drt.errors import DRTError
+from drt.errors import DRTError, naming
 from drt.files import check_output, open_regular
 from drt.terminal import PlainConsole
 
@@ -47,8 +46,10 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise DRTError(f"--device: wanted auto, cpu, cuda or cuda:N, got {name!r}") from error
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise DRTError(f"--device: wanted auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DRTError(f"--device: got {name}, but PyTorch sees {torch.cuda.device_count()} GPUs here")
     return device
@@ -66,15 +67,6 @@ def choose_dtype(name: str | None) -> torch.dtype | None:
     if name not in dtypes:
         raise DRTError(f"--dtype: wanted float32 or bfloat16, got {name!r}")
     return dtypes[name]
-
-
-@contextmanager
-def naming(option: str) -> Iterator[None]:
-    """Begin messages of mistakes with the option that is wrong."""
-    try:
-        yield
-    except DRTError as error:
-        raise DRTError(f"{option}: {error}") from error
 
 
 def parse_length(option: str, text: str) -> int:

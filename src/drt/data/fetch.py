@@ -20,7 +20,7 @@ from zipfile import ZipFile
 
 from drt.data.haystack import DOCUMENT_END
 from drt.errors import DRTError
-from drt.files import atomic_write, write_text
+from drt.files import atomic_write, read_json, write_text
 
 MANIFEST = "manifest.json"
 DOWNLOADS = "downloads"
@@ -217,11 +217,9 @@ def _finished(output: Path, packages: tuple[Package, ...]) -> dict[str, Any] | N
     if not path.exists():
         return None
     try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DRTError(
-            f"{path}: wanted a manifest in JSON; delete the file to fetch anew: {error}"
-        ) from error
+        manifest = read_json(path)
+    except DRTError as error:
+        raise DRTError(f"{error}; delete the file to fetch anew") from error
     wanted = [_describe(package) for package in packages]
     if not isinstance(manifest, dict) or manifest.get("packages") != wanted:
         return None

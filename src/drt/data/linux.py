@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 from drt.errors import DRTError
-from drt.files import write_text
+from drt.files import read_json, write_text
 
 PACKAGE = "linux-source-6.1"
 SOURCE = "linux"
@@ -38,7 +38,7 @@ def fetch_linux(output: Path, on_file: Callable[[str], None] = lambda _: None) -
         DRTError: this is no Debian system, the package cannot be downloaded, or it is not what it should be.
     """
     if (output / MANIFEST).exists():
-        return dict(json.loads((output / MANIFEST).read_text(encoding="utf-8")))
+        return dict(read_json(output / MANIFEST))
     package = _download(output / "downloads")
     temporary = output / f"{SOURCE}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)

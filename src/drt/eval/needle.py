@@ -170,7 +170,7 @@ def _cache_maker(model: PreTrainedModel, memory_dtype: str | None) -> Callable[[
             f"a memory in {memory_dtype} is a DRT model's; {type(model).__name__} has no chunk memory"
         )
     if memory_dtype not in DTYPES:
-        raise DRTError(f"chunks can be held as {', '.join(DTYPES)}, got {memory_dtype!r}")
+        raise DRTError(f"memory_dtype: wanted one of {', '.join(DTYPES)}, got {memory_dtype!r}")
     config = model.config
     return lambda: DRTCache(config, DeviceStore(dtype=memory_dtype))
 

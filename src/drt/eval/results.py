@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from drt.errors import DRTError
-from drt.files import open_regular, read_regular
+from drt.files import open_regular, read_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,7 +320,7 @@ def read_records(path: Path | str, kind: type[RecordT]) -> list[RecordT]:
         DRTError: the file cannot be read, or a line is not such a record; names the file and the line.
     """
     try:
-        text = read_regular(path).decode()
+        text = read_bytes(path, follow=True).decode()
     except UnicodeDecodeError as error:
         raise DRTError(f"{path}: cannot be read as records: {error}") from error
     records = []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from drt.errors import DRTError
 from drt.eval.results import TrainingRecord
-from drt.files import write_text
+from drt.files import make_folder, read_json, write_text
 
 FINAL_FOLDER = "final"
 RECORD_FILE = "training.json"
@@ -28,7 +29,9 @@ def find_runs(folder: Path | str, pattern: str = "*") -> dict[str, Path]:
     """
     if not Path(folder).is_dir():
         raise DRTError(f"{folder}: no such folder; wanted one with training runs in it")
-    runs = sorted(path for path in Path(folder).glob(pattern) if path.is_dir())
+    runs = sorted(
+        path for path in Path(folder).iterdir() if fnmatchcase(path.name, pattern) and path.is_dir()
+    )
     finished = {path.name: path / FINAL_FOLDER for path in runs if (path / FINAL_FOLDER).is_dir()}
     if not finished:
         raise DRTError(
@@ -49,13 +52,10 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
         DRTError: the folder holds records of other settings, or cannot be written.
     """
     path = folder / SETTINGS_FILE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            write_text(path, json.dumps(settings, indent=2) + "\n")
-        found = _read_object(path)
-    except (OSError, ValueError, TypeError) as error:
-        raise DRTError(f"{path}: cannot be written and read: {error}") from error
+    make_folder(folder)
+    if not path.exists():
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+    found = _read_object(path)
     other = [name for name in settings if found.get(name) != settings[name]]
     if other:
         shown = ", ".join(f"{name} {found.get(name)!r} there, {settings[name]!r} here" for name in other)
@@ -75,8 +75,8 @@ def training_record(checkpoint: Path, name: str) -> TrainingRecord | None:
     path = checkpoint / RECORD_FILE
     if not path.exists():
         return None
+    training, config = (_read_object(checkpoint / file) for file in (RECORD_FILE, "config.json"))
     try:
-        training, config = (_read_object(checkpoint / file) for file in (RECORD_FILE, "config.json"))
         return TrainingRecord(
             task=TASK,
             checkpoint=name,
@@ -89,12 +89,12 @@ def training_record(checkpoint: Path, name: str) -> TrainingRecord | None:
             training_tokens=int(training["tokens"]),
             seconds=float(training["wall_seconds"]),
         )
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise DRTError(f"{path}: wanted the record of a training: {error!r}") from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path, follow=True)
     if not isinstance(values, dict):
-        raise TypeError(f"{path.name} holds no JSON object")
+        raise DRTError(f"{path}: expected a JSON object, got {type(values).__name__}")
     return values

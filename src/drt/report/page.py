@@ -24,7 +24,7 @@ from drt.eval.results import (
     PerplexityRecord,
     TrainingRecord,
 )
-from drt.files import atomic_write
+from drt.files import atomic_write, make_folder
 from drt.plotting.cost import plot_cost
 from drt.plotting.needle import plot_needles
 from drt.plotting.perplexity import plot_loss_by_position
@@ -132,13 +132,10 @@ def write_page(blocks: Sequence[Block], folder: Path | str) -> tuple[Path, Path]
         MARKDOWN: to_markdown(blocks).encode(),
         HTML: to_html(blocks, pictures).encode(),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            with atomic_write(folder / name) as file:
-                file.write(content)
-    except OSError as error:
-        raise DRTError(f"{folder}: the report cannot be written: {error.strerror}") from error
+    make_folder(folder)
+    for name, content in files.items():
+        with atomic_write(folder / name) as file:
+            file.write(content)
     return folder / MARKDOWN, folder / HTML
 
 
@@ -216,7 +213,7 @@ def _language_modelling(
 ) -> list[Block]:
     models = group_seeds(records)
     if reference is not None and reference not in models:
-        raise DRTError(f"wanted a reference of {', '.join(models)}, got {reference!r}")
+        raise DRTError(f"reference: wanted one of {', '.join(models)}, got {reference!r}")
     reference = best_model(models) if reference is None else reference
     blocks: list[Block] = [perplexity_table(data, models, positions)]
     if len(models) > 1:

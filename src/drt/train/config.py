@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from drt.data.needle_mix import NeedleMixConfig
 from drt.errors import DRTError
+from drt.machine import MOST_THREADS
 from drt.models.common.configuration import MOST_RETRIEVED
 from drt.train.strict_yaml import describe, parse, read_mapping
 
@@ -205,8 +206,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("tokens_per_step", "max_steps", "log_every", "save_every"):
             _require(getattr(self, name) >= 1, f"{name}: wanted at least 1, got {getattr(self, name)}")
-        for name in ("seed", "eval_every", "threads"):
-            _require(getattr(self, name) >= 0, f"{name}: wanted at least 0, got {getattr(self, name)}")
+        for name, most in (("seed", 2**32 - 1), ("eval_every", 2**63), ("threads", MOST_THREADS)):
+            _require(
+                0 <= getattr(self, name) <= most, f"{name}: wanted 0 to {most}, got {getattr(self, name)}"
+            )
         _require(
             self.device in ("auto", "cpu", "cuda"), f"device: wanted auto, cpu or cuda, got {self.device!r}"
         )

@@ -17,8 +17,13 @@ from typing import Any, TypeVar
 import yaml
 
 from drt.errors import DRTError
+from drt.files import read_bytes
 
 T = TypeVar("T")
+
+
+LARGEST_BYTES = 2**24  # of a file
+LONGEST_SHOWN = 80  # characters of a value in a message
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -56,8 +61,8 @@ def read_mapping(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, A
         DRTError: the file cannot be read, is not YAML or holds no mapping; an override that does not fit.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path, LARGEST_BYTES, follow=True).decode()
+    except UnicodeDecodeError as error:
         raise DRTError(f"{path}: cannot be read: {error}") from error
     values = _load_yaml(text, str(path))
     if not isinstance(values, dict):
@@ -72,7 +77,10 @@ def _load_yaml(text: str, source: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except DRTError as error:
         raise DRTError(f"{source}: {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.MarkedYAMLError as error:
+        place = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+        raise DRTError(f"{source}: not valid YAML: {error.problem or error.context}{place}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise DRTError(f"{source}: not valid YAML: {error}") from error
 
 
@@ -173,4 +181,7 @@ _NAMES = {
 
 def describe(value: Any) -> str:
     """A value and its type, for messages."""
-    return "nothing" if value is None else f"{value!r} ({type(value).__name__})"
+    shown = repr(value)
+    if len(shown) > LONGEST_SHOWN:
+        shown = f"{shown[:LONGEST_SHOWN]}..."
+    return "nothing" if value is None else f"{shown} ({type(value).__name__})"

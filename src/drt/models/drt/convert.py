@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from drt.errors import DRTError
+from drt.errors import DRTError, naming
 from drt.files import fill_folder, read_json
 from drt.models.drt.configuration_drt import DRTConfig
 from drt.models.drt.modeling_drt import DRTForCausalLM
@@ -167,15 +167,15 @@ def convert_authors_checkpoint(
         DRTError: a file that is missing or not readable, parameters that do not fit the configuration, or an output
             that cannot be written or is a link, device or pipe.
     """
-    config_path = Path(config_json)
-    if not config_path.is_file():
-        raise DRTError(f"no configuration file at {config_path}")
-    settings = read_json(config_path, follow=True)
+    settings = read_json(config_json, follow=True)
     if not isinstance(settings, dict):
-        raise DRTError(f"{config_path}: wanted a JSON object, got {type(settings).__name__}")
-    config = config_from_authors(settings)
+        raise DRTError(f"{config_json}: wanted a JSON object, got {type(settings).__name__}")
+    with naming(config_json):
+        config = config_from_authors(settings)
+    parameters = _load_parameters(Path(path))
     model = DRTForCausalLM(config)
-    converted = convert_state_dict(_load_parameters(Path(path)), config, settings["chunk_id"])
+    with naming(path):
+        converted = convert_state_dict(parameters, config, settings["chunk_id"])
     expected = model.state_dict()
     problems = [f"missing {name}" for name in expected if name not in converted]
     problems += [f"unknown {name}" for name in converted if name not in expected]
@@ -185,7 +185,7 @@ def convert_authors_checkpoint(
         if name in converted and converted[name].shape != tensor.shape
     ]
     if problems:
-        raise DRTError(f"{path} does not fit {config_path}: {'; '.join(problems[:5])}")
+        raise DRTError(f"{path} does not fit {config_json}: {'; '.join(problems[:5])}")
     model.load_state_dict(converted)
     try:
         with fill_folder(output_dir) as folder:
