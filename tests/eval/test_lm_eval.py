@@ -149,3 +149,8 @@ def test_lm_eval_knows_it_by_name() -> None:
     assert get_model("drt") is DRTLM
     harness = get_model("drt").create_from_arg_string(f"pretrained={shipped_checkpoint()},device=cpu")
     assert (type(harness), harness.max_length, harness.close_prompt) == (DRTLM, 2**24, True)
+
+
+def test_a_name_that_is_no_folder_is_not_looked_for_on_the_network() -> None:
+    with pytest.raises(DRTError, match="no checkpoint folder at gpt2"):
+        DRTLM("gpt2")

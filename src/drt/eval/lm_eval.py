@@ -22,6 +22,7 @@ from drt.errors import DRTError
 from drt.eval.results import HarnessRecord
 from drt.files import describe_kind
 from drt.models.common.generation import OwnCacheGenerationMixin
+from drt.models.loading import load_model_config
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class DRTLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         settings: others of `HFLM`.
 
     Raises:
-        DRTError: another library's model, or a batch_size that is no number.
+        DRTError: no checkpoint folder, another library's model, or a batch_size that is no number.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class DRTLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     ) -> None:
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise DRTError(f"batch_size: expected a number of contexts, at least 1, got {batch_size!r}")
+        if isinstance(pretrained, str):
+            load_model_config(pretrained)  # what is no folder of ours would be looked for on the network
         with _quiet():  # it warns of all that is not of its own library
             super().__init__(
                 pretrained,
