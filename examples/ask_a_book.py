@@ -9,7 +9,7 @@ part of the sample that ships, and all files go to a temporary folder.
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -19,12 +19,14 @@ from transformers import LogitsProcessorList
 from drt.data.haystack import load_haystack
 from drt.eval.questions import ask
 from drt.eval.retrieval import RetrievalTrace
+from drt.files import write_text
 from drt.machine import keep_freed_memory
 from drt.memory import Archive, ArchiveWriter, verify_archive
 from drt.models.drt import DRTCache
 from drt.models.drt.archive_drt import describe_archive, read_documents
 from drt.models.loading import load_model, shipped_checkpoint
 from drt.plotting.retrieval import retrieval_page
+from drt.terminal import program
 
 
 def main(text: bytes, folder: Path) -> None:
@@ -55,7 +57,7 @@ def main(text: bytes, folder: Path) -> None:
             best = answer.records[0]
             print(f"{answer.question} {answer.text}: from {best.document}, byte {best.start:,}")
         page = retrieval_page(answers, {"memory": str(archive)})
-        (folder / "page.html").write_text(page, encoding="utf-8")
+        write_text(folder / "page.html", page)
 
         # A conversation: the cache goes on after the book; what is said stays in RAM, the archive is as it was.
         cache = DRTCache.open(memory, model)
@@ -88,8 +90,16 @@ def main(text: bytes, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        main(Path(sys.argv[1]).read_bytes(), Path(sys.argv[2]))
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            main(load_haystack(None).text[:30_000], Path(temporary))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "text", nargs="?", metavar="TEXT", help="UTF-8 text; default: a part of the sample that ships"
+    )
+    parser.add_argument(
+        "folder", nargs="?", type=Path, metavar="FOLDER", help="for all files; default: temporary"
+    )
+    arguments = parser.parse_args()
+    with program(), tempfile.TemporaryDirectory() as temporary:
+        text = load_haystack([arguments.text] if arguments.text else None).text
+        main(text if arguments.text else text[:30_000], arguments.folder or Path(temporary))

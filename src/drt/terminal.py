@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -149,7 +150,9 @@ def plain_errors() -> Iterator[None]:
 
 @contextmanager
 def program() -> Iterator[None]:
-    """What surrounds a whole program: streams that any text can be written to, plain errors, a quiet end of a pipe."""
+    """What surrounds a whole program: streams that any text can be written to, plain errors and warnings, a quiet end
+    of a pipe."""
+    logging.basicConfig(handlers=[_Warnings()], level=logging.WARNING)
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -163,6 +166,14 @@ def program() -> Iterator[None]:
                         sys.stdout.flush()
     except BrokenPipeError:
         raise SystemExit(1) from None
+
+
+class _Warnings(logging.Handler):
+    """Says what is logged, names of files and all, as everything else is said."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(DRTError, OSError):
+            say(self.format(record), error=True)
 
 
 @contextmanager

@@ -13,6 +13,20 @@ from drt.data.haystack import load_haystack
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ask_a_book.py"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "shown"), [(["--help"], 0, "FOLDER"), (["none.txt", "out"], 2, "none.txt")]
+)
+def test_help_and_mistakes(tmp_path: Path, arguments: list[str], code: int, shown: str) -> None:
+    done = subprocess.run(
+        [sys.executable, EXAMPLE, *arguments],
+        capture_output=True, text=True, timeout=100, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == code
+    assert shown in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_it_finds_what_it_hides(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
