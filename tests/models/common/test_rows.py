@@ -97,6 +97,23 @@ def test_documents_packed_into_a_row_see_nothing_of_each_other(model, ids, train
     torch.testing.assert_close(kept, out.logits[:, chosen], **TOLERANCE)
 
 
+def test_packed_documents_train_as_they_do_alone(model, ids):
+    """No document's first token is scored against the end of the one before, nor do chunk ends move."""
+    model.train()
+    lengths, row = [10, 21, 14], ids[:1]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    ends = torch.zeros(1, 45, dtype=torch.bool)
+    ends[0, [4, 12, 40]] = True
+    model(row, position_ids=positions, labels=row, chunk_ends=ends).loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for part, closes in zip(row.split(lengths, 1), ends.split(lengths, 1), strict=True):
+        loss = model(part, labels=part, chunk_ends=closes).loss
+        (loss * (part.shape[1] - 1) / (45 - len(lengths))).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6)
+
+
 @torch.no_grad()
 def test_positions_that_say_what_is_known_change_nothing(model, ids):
     expected = model(ids, use_cache=False).logits

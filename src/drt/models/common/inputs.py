@@ -94,17 +94,23 @@ def check_arguments(
 
 
 def scored_labels(
-    labels: Tensor | None, source: Tensor | None, attention_mask: Tensor | None, ignore_index: int = -100
+    labels: Tensor | None,
+    source: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None = None,
+    ignore_index: int = -100,
 ) -> Tensor | None:
     """The labels that count, where there are any.
 
-    A row's first token is predicted by nothing. Where padding lies before it, what stands there in the output comes
-    of a position that has seen the token, and must not be scored against it.
+    A document's first token is predicted by nothing. Where padding lies before it, what stands there in the output
+    comes of a position that has seen the token, and must not be scored against it; where another document does, it is
+    the end of that.
 
     Args:
         labels: (B, L), not shifted.
         source: (B, L, ...) input.
         attention_mask: (B, L) or (B, past + L).
+        position_ids: (B, L), (1, L) or (L,), 0 where a document begins.
         ignore_index: the label that does not count.
 
     Raises:
@@ -116,6 +122,10 @@ def scored_labels(
         raise ValueError(
             f"labels must have the shape of the input, {tuple(source.shape[:2])}, got {tuple(labels.shape)}"
         )
+    if (
+        position_ids is not None and position_ids.shape[-1] == labels.shape[1]
+    ):  # others are refused by `check_inputs`
+        labels = labels.masked_fill((position_ids == 0).to(labels.device), ignore_index)
     if attention_mask is None or attention_mask.dim() != 2:  # refused by `check_inputs`
         return labels
     is_padding = attention_mask[:, -labels.shape[1] :].to(labels.device) == 0

@@ -398,7 +398,7 @@ class DRTForCausalLM(DRTGenerationMixin, DRTPreTrainedModel):
         """
         check_arguments(self.config, output_attentions, position_ids, kwargs)
         source = input_ids if input_ids is not None else inputs_embeds
-        labels = scored_labels(labels, source, attention_mask, kwargs.get("ignore_index", -100))
+        labels = scored_labels(labels, source, attention_mask, position_ids, kwargs.get("ignore_index", -100))
         if use_cache is None and labels is not None and past_key_values is None:
             use_cache = False
         if ended_rows is not None:
