@@ -197,8 +197,8 @@ def test_data_that_cannot_be_trained_on_is_named(
         return str(error.value)
 
     assert "train.jsonl:1: expected a text in the field 'text'" in refused(document_field="text")
-    assert "nothing.jsonl: cannot be opened" in refused(train=str(tmp_path / "nothing.jsonl"))
-    assert "nothing.jsonl: cannot be opened" in refused(validation=str(tmp_path / "nothing.jsonl"))
+    assert "nothing.jsonl: cannot be read" in refused(train=str(tmp_path / "nothing.jsonl"))
+    assert "nothing.jsonl: cannot be read" in refused(validation=str(tmp_path / "nothing.jsonl"))
     (tmp_path / "long.jsonl").write_text(json.dumps({"article": "a", "highlights": "b" * 60}))
     assert (
         "long.jsonl, line 1: wanted a summary of at most 51 tokens, for a row of data.sequence_length = 64; it has 60"
