@@ -18,6 +18,7 @@ name = {HOSTILE!a}
 with program():
 """
 SAY = NAMES + "    say(name)\n    say('bytes that are no UTF-8: ' + '\\udcff')\n"
+WARNING = NAMES + "    import logging; logging.getLogger('drt.x').warning('%s', name)\n"
 TABLE = (
     NAMES + "    print_table(('name', 'number'), [(name, '1'), ('x' * 300, '22')], title=name, note=name)\n"
 )
@@ -61,7 +62,7 @@ def on_terminal(code: str, environment: Mapping[str, str] = {}) -> bytes:
     return shown
 
 
-@pytest.mark.parametrize("code", [SAY, TABLE, CONSOLE], ids=["say", "table", "console"])
+@pytest.mark.parametrize("code", [SAY, TABLE, CONSOLE, WARNING], ids=["say", "table", "console", "warning"])
 def test_a_terminal_gets_pictures_of_control_characters(code: str) -> None:
     shown = on_terminal(code)
     lost = "␇␍" if code is CONSOLE else ""  # rich drops them
