@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from drt.errors import DRTError
+from drt.errors import DRTError, reason
 from drt.files import FileLock, lock_file, write_text
 from drt.train.checkpoints import checkpoint_folder, find_fault, list_checkpoints
 from drt.train.config import RunConfig, config_to_dict
@@ -62,7 +62,9 @@ class RunFolder(TrainerCallback):
             claim(self.path, self._config)
         except OSError as error:
             self._leave(failed=True)
-            raise DRTError(f"output_dir {self.path}: wanted a folder that can be written: {error}") from error
+            raise DRTError(
+                f"output_dir {self.path}: wanted a folder that can be written: {reason(error)}"
+            ) from error
         except BaseException:
             self._leave(failed=True)
             raise
