@@ -39,7 +39,16 @@ class Retriever(nn.Module):
             gumbel: select by noisy scores.
         """
         query = self.norm(landmark_states)
-        scale: float | Tensor = query.shape[-1] ** -0.5
-        if self.log_temperature is not None:
-            scale = scale * self.log_temperature.float().exp()
-        return retrieve_chunks(query, landmarks, visible, top_k=self.top_k, scale=scale, gumbel=gumbel)
+        return retrieve_chunks(
+            query, landmarks, visible, top_k=self.top_k, scale=self._scale(), gumbel=gumbel
+        )
+
+    def scores(self, landmark_states: Tensor, landmarks: Tensor) -> Tensor:
+        """(B, N, C) float32 scores of all chunks (B, C, H) for all queries (B, N, H), without noise, differentiable."""
+        query = self.norm(landmark_states)
+        with torch.autocast(query.device.type, enabled=False):  # it would round the scores to 16 bits
+            return (query.float() @ landmarks.float().mT) * self._scale()
+
+    def _scale(self) -> float | Tensor:
+        scale: float | Tensor = self.norm.weight.shape[0] ** -0.5
+        return scale if self.log_temperature is None else scale * self.log_temperature.float().exp()

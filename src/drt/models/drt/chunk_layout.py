@@ -22,6 +22,8 @@ from torch import Tensor
 
 from drt.models.drt.configuration_drt import DRTConfig
 
+BLOCK_MULTIPLE = 16  # query slots of a block, but for a block of one
+
 
 @dataclass(frozen=True)
 class UpperLayout:
@@ -81,6 +83,7 @@ class ChunkLayout:
         open_index: (B, chunk_size) flat index, same source, of the tokens of the chunk that stays open.
         open_lengths: (B,) tokens in the chunk that stays open (on the CPU).
         full: every closed chunk holds ``chunk_size`` tokens and every row closes N.
+        chunk_of_token: (B, L) chunk of each input token, counted from the first that closes in this pass (on the CPU).
         upper: the same for the upper decoder.
     """
 
@@ -97,6 +100,7 @@ class ChunkLayout:
     open_index: Tensor
     open_lengths: Tensor
     full: bool
+    chunk_of_token: Tensor
     upper: UpperLayout
 
 
@@ -113,9 +117,11 @@ def upper_reach(config: DRTConfig, kept: int) -> int:
     return 2 * kept + sum((layers - 1) * window + landmark for layers in config.layers_per_group)
 
 
-def kept_columns(kept: int | Tensor | None) -> slice | Tensor:
-    """What to take of the columns for the last ``kept`` of them, for those in a tensor, or for all."""
-    return kept if isinstance(kept, Tensor) else slice(None if kept is None else -kept, None)
+def keep_columns(tensor: Tensor, kept: int | Tensor | None) -> Tensor:
+    """Columns of (B, L, ...): the last ``kept``, those in a tensor (n,), each row's own (B, n), or all for ``None``."""
+    if isinstance(kept, Tensor) and kept.dim() == 2:
+        return tensor[torch.arange(len(tensor), device=tensor.device).unsqueeze(1), kept.to(tensor.device)]
+    return tensor[:, kept if isinstance(kept, Tensor) else slice(None if kept is None else -kept, None)]
 
 
 @torch.compiler.disable
@@ -143,7 +149,8 @@ def build_chunk_layout(
             ``None``: no padding.
         chunk_ends: (B, L) bool, close the open chunk after this token. ``None``: only full chunks close.
         open_lengths: (B,) tokens already in each row's open chunk; ``None`` for a first pass.
-        kept: hidden states wanted, of the last tokens of each row or of the columns in a tensor; ``None``: of all.
+        kept: hidden states wanted, of the last tokens of each row, of the columns in a tensor (n,), or of each row's
+            own columns (B, n); ``None``: of all.
         reach: positions at the end of each row that the upper decoder shall run over; ``None``: all.
         device: where the indices shall lie.
     """
@@ -203,7 +210,7 @@ def _layout(
     carried = 0 if open_lengths is None else chunk_size
     grid = _chunk_grid(is_token, chunk, offset, position, carried_lengths, carried, num_closed, chunk_size)
     grid = grid + rows.unsqueeze(2) * (carried + compact_length)
-    output_position = output_position[:, kept_columns(kept.cpu() if isinstance(kept, Tensor) else kept)]
+    output_position = keep_columns(output_position, kept.cpu() if isinstance(kept, Tensor) else kept)
     upper = _upper(row_lengths, is_landmark, selection, output_position, reach, device)
 
     def place(tensor: Tensor) -> Tensor:
@@ -226,6 +233,7 @@ def _layout(
         open_index=place(grid.gather(1, closed_counts.view(-1, 1, 1).expand(-1, 1, chunk_size)).squeeze(1)),
         open_lengths=stays_open,
         full=bool((chunk_lengths == chunk_size).all()),
+        chunk_of_token=chunk,
         upper=upper,
     )
 
@@ -333,6 +341,10 @@ def _blocks(selection: Tensor, num_closed: int) -> tuple[int, Tensor, Tensor]:
     first.view(-1).scatter_reduce_(0, row * (num_closed + 1) + served_by, position, "amin")
     within = column - first.gather(1, selection.clamp_min(0))
     block_size = int(within[row, position].max()) + 1 if len(row) else 1
+    if (
+        block_size > 1
+    ):  # kernels are compiled for each size, and what is kept of a batch differs from step to step
+        block_size = -(-block_size // BLOCK_MULTIPLE) * BLOCK_MULTIPLE
     slots = (num_closed + 1) * block_size
     slot = served_by * block_size + within[row, position]
     index = torch.full((batch_size, slots), -1, device="cpu")

@@ -13,6 +13,7 @@ from drt.layers.grouped_cross_attention import RetrievedMemory
 from drt.layers.retriever import Retriever
 from drt.models.drt.cache_drt import DRTCache
 from drt.models.drt.chunk_layout import ChunkLayout
+from drt.models.drt.guidance import GuidedChunks, guide
 from drt.ops.chunk_retrieval import RetrievedChunks
 
 
@@ -45,11 +46,23 @@ class ChunkMemory:
         landmarks: (B, N, H) retrieval keys, or (B, N, E) those of a fixed retriever.
         layout: of this pass.
         cache: the decoding state, or ``None``.
+        guided: chunks that should find certain others, without a cache.
+
+    Attributes:
+        guidance: (loss, recall) of each group that has retrieved, as `guide` gives them; empty without ``guided``.
     """
 
     def __init__(
-        self, keys: Tensor, values: Tensor, landmarks: Tensor, layout: ChunkLayout, cache: DRTCache | None
+        self,
+        keys: Tensor,
+        values: Tensor,
+        landmarks: Tensor,
+        layout: ChunkLayout,
+        cache: DRTCache | None,
+        guided: GuidedChunks | None = None,
     ) -> None:
+        self.guided = guided
+        self.guidance: list[tuple[Tensor, Tensor]] = []
         self.keys, self.values, self.landmarks = keys, values, landmarks
         self.layout = layout
         self.cache = cache
@@ -81,6 +94,12 @@ class ChunkMemory:
         ask = self._ask(retriever, hidden_states, gumbel)
         if self.cache is None:
             found = ask(self.landmarks)
+            if self.guided is not None:
+                assert isinstance(retriever, Retriever)  # checked
+                states = hidden_states.flatten(0, 1)[self.layout.upper.landmark_index]
+                self.guidance.append(
+                    guide(retriever, states, self.landmarks, found.chunk_indices, self.guided)
+                )
             indices = pad(found.chunk_indices, (0, 0, 1, 0), value=-1)
             weights = pad(found.chunk_weights, (0, 0, 1, 0))
             return RetrievedMemory(self.keys, self.values, self.layout.chunk_lengths, indices, weights)

@@ -23,9 +23,10 @@ from drt.models.common.loss import causal_loss, needs_no_logits
 from drt.models.common.packaged import PackagedCode
 from drt.models.common.rows import NewTokens, PackedRows, pack_rows
 from drt.models.drt.cache_drt import DRTCache
-from drt.models.drt.chunk_layout import ChunkLayout, build_chunk_layout, kept_columns, upper_reach
+from drt.models.drt.chunk_layout import ChunkLayout, build_chunk_layout, keep_columns, upper_reach
 from drt.models.drt.configuration_drt import DRTConfig
 from drt.models.drt.generation_drt import DRTGenerationMixin
+from drt.models.drt.guidance import GuidedChunks, guided_chunks
 from drt.models.drt.layers_drt import DRTLowerLayer, DRTUpperLayer
 from drt.models.drt.memory_drt import ChunkMemory, Retrieval
 from drt.models.drt.outputs_drt import DRTCausalLMOutput, DRTModelOutput
@@ -37,11 +38,12 @@ logger = logging.get_logger(__name__)
 
 class _Run(NamedTuple):
     """What a pass of the stack gives: its output where it is wanted, before the norm; what each group retrieved; and,
-    where they are wanted, the inputs of each layer, (B, L, H) at the tokens."""
+    where they are wanted, the inputs of each layer, (B, L, H) at the tokens, and the guidance of each group."""
 
     hidden_states: Tensor
     retrieved: list[RetrievedMemory]
     inputs: list[Tensor]
+    guidance: list[tuple[Tensor, Tensor]]
 
 
 class DRTPreTrainedModel(PackagedCode, PreTrainedModel):
@@ -115,6 +117,7 @@ class DRTModel(DRTPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         only_remember: bool = False,
+        retrieval_targets: Tensor | None = None,
         **kwargs: Any,
     ) -> DRTModelOutput:
         """Run the stack over new tokens.
@@ -139,10 +142,13 @@ class DRTModel(DRTPreTrainedModel):
                 ``config.use_cache`` where no gradient is recorded and every row is one document without padding behind
                 it.
             output_retrieval: also return what each group retrieved.
-            states_to_keep: hidden states of the last n tokens only (0: all), or of the columns in a tensor.
+            states_to_keep: hidden states of the last n tokens only (0: all), of the columns in a tensor (n,), or of
+                each row's own columns (B, n).
             output_hidden_states: also return what every layer gives. Default: ``config.output_hidden_states``.
             output_attentions: refused: attention weights are made in blocks and never held.
             only_remember: see `remember`.
+            retrieval_targets: (n, 3) int64, in training without a cache: a row, the column of a token, and the column
+                of an earlier token whose chunk the chunk of the first should find. See `drt.models.drt.guidance`.
             kwargs: what else the library hands to models; what says something that is not heeded is refused.
 
         Raises:
@@ -183,7 +189,15 @@ class DRTModel(DRTPreTrainedModel):
         )
         if cache is not None:
             cache.begin(layout)
-        run = self._run(source, layout, cache, only_remember, wants_layers)
+        guided = None
+        if retrieval_targets is not None:
+            learned = self.config.retrieval and self.config.retriever == "learned"
+            if cache is not None or new.starts is not None or not learned:
+                raise ValueError(
+                    "retrieval_targets need learned retrieval, rows without padding, and a pass without a cache"
+                )
+            guided = guided_chunks(retrieval_targets, layout)
+        run = self._run(source, layout, cache, only_remember, wants_layers, guided)
         if cache is not None:
             cache.finish(layout, new)
         if only_remember:
@@ -192,7 +206,7 @@ class DRTModel(DRTPreTrainedModel):
             return DRTModelOutput(past_key_values=cache)
         hidden_states = rows.unpack(self.norm(run.hidden_states))
         return DRTModelOutput(
-            last_hidden_state=hidden_states[:, kept_columns(kept)] if whole else hidden_states,
+            last_hidden_state=keep_columns(hidden_states, kept) if whole else hidden_states,
             past_key_values=cache,
             hidden_states=(*map(rows.unpack, run.inputs), hidden_states) if wants_layers else None,
             chunk_indices=tuple(memory.chunk_indices[:, 1:] for memory in run.retrieved)
@@ -201,6 +215,8 @@ class DRTModel(DRTPreTrainedModel):
             chunk_weights=tuple(memory.chunk_weights[:, 1:] for memory in run.retrieved)
             if output_retrieval
             else None,
+            retrieval_loss=torch.stack([loss for loss, _ in run.guidance]).mean() if run.guidance else None,
+            retrieval_recall=torch.stack([hits for _, hits in run.guidance]).mean() if run.guidance else None,
         )
 
     @torch.no_grad()
@@ -233,6 +249,7 @@ class DRTModel(DRTPreTrainedModel):
         cache: DRTCache | None,
         only_remember: bool,
         wants_layers: bool,
+        guided: GuidedChunks | None,
     ) -> _Run:
         """The stack over packed rows."""
         inputs: list[Tensor] = []
@@ -248,12 +265,14 @@ class DRTModel(DRTPreTrainedModel):
         for layer, state in zip(self.lower_layers, states, strict=False):
             note(hidden_states)
             hidden_states = layer(hidden_states, state)
-        memory = self._remember(source, hidden_states, layout, cache) if self.config.retrieval else None
+        memory = (
+            self._remember(source, hidden_states, layout, cache, guided) if self.config.retrieval else None
+        )
         retrieved: list[RetrievedMemory] = []
         if not only_remember:
             upper_states = states[len(self.lower_layers) :]
             hidden_states, retrieved = self._upper(hidden_states, layout, memory, upper_states, note)
-        return _Run(hidden_states, retrieved, inputs)
+        return _Run(hidden_states, retrieved, inputs, [] if memory is None else memory.guidance)
 
     def _cache(
         self, past_key_values: DRTCache | None, use_cache: bool | None, new: NewTokens
@@ -311,7 +330,12 @@ class DRTModel(DRTPreTrainedModel):
         return hidden_states, memories
 
     def _remember(
-        self, given: Tensor, hidden_states: Tensor, layout: ChunkLayout, cache: DRTCache | None
+        self,
+        given: Tensor,
+        hidden_states: Tensor,
+        layout: ChunkLayout,
+        cache: DRTCache | None,
+        guided: GuidedChunks | None,
     ) -> ChunkMemory:
         """Encode the chunks that close in this pass and add them to the memory."""
         source = hidden_states
@@ -332,7 +356,7 @@ class DRTModel(DRTPreTrainedModel):
         if isinstance(self.retrievers[0], FixedRetriever):
             ids = self._chunk_ids(given, layout, cache)
             landmarks = self.retrievers[0].encode(ids, layout.chunk_lengths)
-        return ChunkMemory(keys, values, landmarks, layout, cache)
+        return ChunkMemory(keys, values, landmarks, layout, cache, guided)
 
     def _chunk_ids(self, given: Tensor, layout: ChunkLayout, cache: DRTCache | None) -> Tensor:
         """(B, N, S) token ids of the chunks that close in this pass; keeps those of the open one in the cache."""
@@ -380,6 +404,7 @@ class DRTForCausalLM(DRTGenerationMixin, DRTPreTrainedModel):
         output_attentions: bool | None = None,
         ended_rows: Tensor | None = None,
         last_chunk_ends: Tensor | None = None,
+        retrieval_targets: Tensor | None = None,
         **kwargs: Any,
     ) -> DRTCausalLMOutput:
         """As `DRTModel.forward`, with logits (B, L, V) and a loss.
@@ -390,8 +415,9 @@ class DRTForCausalLM(DRTGenerationMixin, DRTPreTrainedModel):
             labels: (B, L) token ids aligned with ``input_ids`` (shifted inside), -100 where nothing is scored. A
                 row's first token never is, whether padding lies before it or not.
             use_cache: as there, but with ``labels`` and no ``past_key_values`` the default is False.
-            logits_to_keep: logits of the last n positions only (0: all), or of the positions in a tensor. With n >= 1
-                and a cache, a long text is read at little more than the lower decoder's cost (see `DRTModel.forward`).
+            logits_to_keep: logits of the last n positions only (0: all), of the positions in a tensor (n,), or of each
+                row's own positions (B, n). With n >= 1 and a cache, a long text is read at little more than the lower
+                decoder's cost (see `DRTModel.forward`).
             ended_rows: (B,) bool, from `generate`: rows whose new token is padding.
             last_chunk_ends: (B, n) bool, from `generate`: ``chunk_ends`` of the last n tokens. An adapter may have put
                 tokens before them.
@@ -417,6 +443,7 @@ class DRTForCausalLM(DRTGenerationMixin, DRTPreTrainedModel):
             output_retrieval=output_retrieval,
             states_to_keep=logits_to_keep,
             output_hidden_states=output_hidden_states,
+            retrieval_targets=retrieval_targets,
             return_dict=True,
         )
         states = outputs.last_hidden_state
@@ -436,6 +463,8 @@ class DRTForCausalLM(DRTGenerationMixin, DRTPreTrainedModel):
             hidden_states=outputs.hidden_states,
             chunk_indices=outputs.chunk_indices,
             chunk_weights=outputs.chunk_weights,
+            retrieval_loss=outputs.retrieval_loss,
+            retrieval_recall=outputs.retrieval_recall,
         )
 
 

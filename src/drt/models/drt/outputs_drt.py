@@ -24,6 +24,9 @@ class DRTModelOutput(ModelOutput):
         chunk_indices: per group (B, N, K), what each of the N chunks that closed in this pass retrieved; -1 for an
             empty slot. Only with ``output_retrieval=True``.
         chunk_weights: per group (B, N, K) float32, the weights of those chunks.
+        retrieval_loss: 0-d, with ``retrieval_targets``: cross-entropy of the retrieval scores with the chunks that are
+            known to be right, the mean over groups.
+        retrieval_recall: 0-d, with ``retrieval_targets``: share of the right chunks that were selected.
     """
 
     last_hidden_state: Tensor | None = None
@@ -31,6 +34,8 @@ class DRTModelOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     chunk_indices: tuple[Tensor, ...] | None = None
     chunk_weights: tuple[Tensor, ...] | None = None
+    retrieval_loss: Tensor | None = None
+    retrieval_recall: Tensor | None = None
 
 
 @dataclass
@@ -39,3 +44,5 @@ class DRTCausalLMOutput(CausalLMOutputWithPast):
 
     chunk_indices: tuple[Tensor, ...] | None = None
     chunk_weights: tuple[Tensor, ...] | None = None
+    retrieval_loss: Tensor | None = None
+    retrieval_recall: Tensor | None = None
