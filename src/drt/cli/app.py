@@ -28,6 +28,7 @@ COMMANDS = {
     "generate": "Continue a text of any length.",
     "memory": "Read documents once and keep the memory of them.",
     "ask": "Ask questions of a memory.",
+    "upcycle": "Give a pretrained language model a chunk memory.",
     "convert": "Convert a checkpoint of the paper's authors.",
     "train": "Train a model from one YAML file.",
     "info": "Show what a training run will take.",

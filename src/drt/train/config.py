@@ -13,6 +13,7 @@ from drt.data.needle_mix import NeedleMixConfig
 from drt.errors import DRTError
 from drt.machine import MOST_THREADS
 from drt.models.common.configuration import MOST_RETRIEVED
+from drt.train.retrieval_config import LoraConfig, RetrievalDataConfig, RetrievalStageConfig
 from drt.train.strict_yaml import describe, parse, read_mapping
 
 
@@ -428,10 +429,60 @@ class SummarizationConfig(RowsConfig):
         return self.data.sequence_length
 
 
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig(RunConfig):
+    """A run that teaches a language model to use its chunk memory.
+
+    Args:
+        task: `retrieval`.
+        data: texts and questions.
+        curriculum: stages, in order.
+        lora: low-rank changes of what came from the base, which then stays as it is.
+        start_from: .safetensors file of the parameters that an earlier run of this kind trained; null: as in init_from.
+        base_lr: peak learning rate of what came from the base, or of its low-rank changes; `optimizer.lr` is that of
+            the new parts.
+        guidance: weight of the cross-entropy between retrieval scores and the chunk that is known to hold the answer;
+            0: next-token loss alone.
+        guidance_until: share of the run after which that weight has fallen to 0.
+        text_weight: weight of ordinary text in the loss, beside weight 1 for answers.
+        validation_batches: batches of held-out rows.
+        Others as in `RunConfig`; init_from is required, tokens_per_step is shared by all processes.
+    """
+
+    task: str
+    data: RetrievalDataConfig
+    curriculum: list[RetrievalStageConfig]
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    start_from: str | None = None
+    base_lr: float = 3e-4
+    guidance: float = 0.0
+    guidance_until: float = 1.0
+    text_weight: float = 0.1
+    validation_batches: int = 4
+    sharding: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            self.init_from is not None, "init_from: expected a converted model (drt upcycle), got nothing"
+        )
+        _require(bool(self.curriculum), "curriculum: expected at least one stage, got none")
+        _require(self.base_lr > 0, f"base_lr: expected a positive number, got {self.base_lr}")
+        _require(0 < self.guidance_until <= 1, f"guidance_until: expected 0 to 1, got {self.guidance_until}")
+        for name in ("guidance", "text_weight"):
+            _require(getattr(self, name) >= 0, f"{name}: expected at least 0, got {getattr(self, name)}")
+        _require(
+            self.validation_batches >= 1,
+            f"validation_batches: expected at least 1, got {self.validation_batches}",
+        )
+        _require(self.sharding == "none", f"sharding: expected none, got {self.sharding!r}")
+
+
 TASKS: dict[str, type[RunConfig]] = {
     "needles": TrainConfig,
     "language_model": LanguageModelConfig,
     "summarization": SummarizationConfig,
+    "retrieval": RetrievalConfig,
 }
 
 

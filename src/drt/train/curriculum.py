@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,16 +26,18 @@ class Curriculum(TrainerCallback, ExportableState):
     costs no wait for the device.
 
     Args:
-        stages: `StageConfig` fields as plain dicts (the Trainer writes them to JSON).
+        stages: fields of `stage_class` as plain dicts (the Trainer writes them to JSON).
     """
 
+    stage_class: ClassVar[type[Any]] = StageConfig
+
     def __init__(self, stages: list[dict[str, Any]]) -> None:
-        self.stages = [StageConfig(**stage) for stage in stages]
+        self.stages = [self.stage_class(**stage) for stage in stages]
         self.stage = 0
         self.first_step = 0  # optimizer steps done when the stage began
 
     @property
-    def current(self) -> StageConfig:
+    def current(self) -> Any:
         """The stage that the next batch belongs to."""
         return self.stages[self.stage]
 

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from drt.models.cost import training_flops
-from drt.train.config import RowsConfig, RunConfig, TrainConfig
+from drt.train.config import RetrievalConfig, RowsConfig, RunConfig, TrainConfig
 from drt.train.models import make_model_config
 
 # Weights, gradients and the two moments of AdamW, all float32, also with automatic mixed precision.
@@ -52,7 +52,7 @@ def estimate_run(config: RunConfig, processes: int = 1) -> Estimate:
     """Estimate one run: the model is built and run forward on a few hundred tokens without any numbers in it.
 
     Args:
-        config: the run; for needles, its last stage.
+        config: the run; where it has a curriculum, its last stage.
         processes: that share the rows of a step.
 
     Raises:
@@ -61,6 +61,9 @@ def estimate_run(config: RunConfig, processes: int = 1) -> Estimate:
     if isinstance(config, RowsConfig):
         length = config.sequence_length
         rows = config.rows_per_step // processes // config.passes_per_step(processes)
+    elif isinstance(config, RetrievalConfig):
+        length = config.curriculum[-1].row_length
+        rows = config.tokens_per_step // length // processes
     else:
         assert isinstance(config, TrainConfig)
         length = config.row_length(config.curriculum[-1])

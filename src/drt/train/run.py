@@ -24,7 +24,7 @@ from drt.files import describe_kind, new_folder, write_text
 from drt.models.drt.embedder import attach_embedder
 from drt.train.batches import BatchMaker
 from drt.train.checkpoints import checkpoint_folder, find_fault
-from drt.train.config import LanguageModelConfig, RunConfig, SummarizationConfig, TrainConfig
+from drt.train.config import LanguageModelConfig, RetrievalConfig, RunConfig, SummarizationConfig, TrainConfig
 from drt.train.curriculum import RunningTotals
 from drt.train.folder import (
     FINAL_FOLDER,
@@ -38,6 +38,7 @@ from drt.train.language_model import LanguageModelTrainer
 from drt.train.logs import METRICS_FILE, Display, MetricsFile, metrics_text
 from drt.train.models import build_model, make_tokenizer
 from drt.train.record import RECORD_FILE, training_record
+from drt.train.retrieval import RetrievalTrainer
 from drt.train.summarization import SummarizationTrainer
 from drt.train.trainer import NeedleTrainer, RunTrainer
 from drt.train.validation import NeedleValidation
@@ -92,7 +93,7 @@ def _run(config: RunConfig, command: list[str], console: Console, callbacks: lis
     attach_embedder(model, tokenizer)
     if rank := int(os.environ.get("RANK", "0")):
         set_seed(config.seed + rank)  # the weights are the same everywhere, the noise on the scores is not
-    display = Display(console, len(config.curriculum) if isinstance(config, TrainConfig) else 1)
+    display = Display(console, len(getattr(config, "curriculum", "1")))
     callbacks = [*callbacks, BestCheckpoint(console), display, interrupt]
     if rank == 0:
         callbacks = [MetricsFile(output_dir), *callbacks]
@@ -133,6 +134,8 @@ def make_trainer(
     """
     if isinstance(config, LanguageModelConfig):
         return LanguageModelTrainer(config, model, tokenizer, callbacks, interrupt.check)
+    if isinstance(config, RetrievalConfig):
+        return RetrievalTrainer(config, model, tokenizer, callbacks, interrupt.check)
     if isinstance(config, SummarizationConfig):
         return SummarizationTrainer(config, model, tokenizer, callbacks, interrupt.check)
     assert isinstance(config, TrainConfig)
@@ -190,13 +193,7 @@ def export(
             f"{checkpoint} {fault}, and it is what should be exported; run the same command again: the run goes on "
             "from the checkpoints that are whole"
         )
-    model = type(trainer.causal_lm).from_pretrained(
-        checkpoint,
-        config=model_config,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-    )
+    model = trainer.exported_model(checkpoint, model_config)
     record = training_record(
         config,
         command,
@@ -211,3 +208,4 @@ def export(
         tokenizer.save_pretrained(temporary)
         write_text(temporary / METRICS_FILE, metrics_text(trainer.state))
         write_text(temporary / RECORD_FILE, record)
+        trainer.export_extras(temporary)

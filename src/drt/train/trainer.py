@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -33,7 +34,15 @@ from drt.train.checkpoints import (
     find_checkpoints,
     mark_complete,
 )
-from drt.train.config import OptimizerConfig, RowsConfig, RunConfig, StageConfig, TrainConfig, config_to_dict
+from drt.train.config import (
+    OptimizerConfig,
+    RetrievalConfig,
+    RowsConfig,
+    RunConfig,
+    StageConfig,
+    TrainConfig,
+    config_to_dict,
+)
 from drt.train.curriculum import Curriculum, RunningTotals
 from drt.train.logs import is_validation
 from drt.train.loss import TOTALS, needle_loss, needle_means
@@ -207,6 +216,20 @@ class RunTrainer(Trainer):
         done = any(is_validation(logs) and logs["step"] == step for logs in self.state.log_history)
         if due and not done:
             self._determine_best_metric(metrics=self.evaluate(), trial=None)
+
+    def exported_model(self, checkpoint: Path, config: PreTrainedConfig) -> PreTrainedModel:
+        """The model of a checkpoint as it is handed out, with that configuration."""
+        model: PreTrainedModel = type(self.causal_lm).from_pretrained(
+            checkpoint,
+            config=config,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        return model
+
+    def export_extras(self, folder: Path) -> None:
+        """Write what a task hands out beside the model; called after `exported_model`."""
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Not counted: walking over all parameters at every step costs more than it tells."""
@@ -423,7 +446,7 @@ def training_arguments(config: RunConfig, validate: bool, **settings: Any) -> Tr
     return args
 
 
-def process_settings(config: RowsConfig) -> dict[str, Any]:
+def process_settings(config: RowsConfig | RetrievalConfig) -> dict[str, Any]:
     """The Trainer's settings for several processes.
 
     Raises:
