@@ -58,6 +58,23 @@ def test_hidden_states_lie_at_their_tokens(model, ids):
         torch.testing.assert_close(in_passes, states, rtol=1e-6, atol=1e-6)
 
 
+def test_hidden_states_are_what_the_layers_read(model, ids):
+    """Not copies beside it: adding to one adds to the layer's input, with all that is made of it."""
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    positions = torch.cat([torch.arange(15), torch.arange(30)])
+    for more in ({"use_cache": False}, {"attention_mask": mask}, {"position_ids": positions}):
+        out = model(ids, output_hidden_states=True, **more)
+        for states in out.hidden_states:
+            states.retain_grad()
+        out.logits.square().sum().backward()
+        embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model(inputs_embeds=embeds, **more).logits.square().sum().backward()
+        real = mask.bool() if "attention_mask" in more else slice(None)
+        torch.testing.assert_close(out.hidden_states[0].grad[real], embeds.grad[real])
+        assert all(bool(states.grad.any()) for states in out.hidden_states)
+
+
 @torch.no_grad()
 def test_hidden_states_of_generate(model, ids):
     out = model.generate(

@@ -18,7 +18,7 @@ from drt.models.common.generation import OwnCacheGenerationMixin
 from drt.models.common.inputs import check_arguments, check_cache, check_inputs, scored_labels
 from drt.models.common.loss import causal_loss, needs_no_logits
 from drt.models.common.packaged import PackagedCode
-from drt.models.common.rows import NewTokens, PackedRows, pack_rows
+from drt.models.common.rows import LayerInputs, NewTokens, PackedRows, pack_rows
 from drt.ops.window_attention import alibi_slopes
 
 
@@ -116,17 +116,16 @@ class StackModel(DecoderPreTrainedModel):
         )
         hidden_states = self.embed_tokens(source) if input_ids is not None else source
         states = [None] * len(self.layers) if cache is None else cache.layers
-        inputs = []
+        inputs = LayerInputs(bool(output_hidden_states), rows)
         for layer, state in zip(self.layers, states, strict=True):
-            inputs += [rows.unpack(hidden_states)] if output_hidden_states else []
-            hidden_states = layer(hidden_states, state)
+            hidden_states = layer(inputs.keep(hidden_states), state)
         hidden_states = rows.unpack(self.norm(hidden_states))
         if cache is not None:
             cache.finish(hidden_states, new)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=cache,
-            hidden_states=(*inputs, hidden_states) if output_hidden_states else None,
+            hidden_states=inputs.output(hidden_states),
         )
 
 

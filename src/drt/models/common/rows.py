@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -78,6 +78,54 @@ class PackedRows(NamedTuple):
         if self.lengths is None or self.token_index is None:
             return None
         return torch.arange(self.token_index.shape[1], device="cpu") < self.lengths.unsqueeze(1)
+
+
+class Slots(Protocol):
+    """Where tokens and landmarks lie in the rows of a model that puts landmarks between the tokens."""
+
+    @property
+    def token_position(self) -> Tensor: ...
+
+    @property
+    def token_index(self) -> Tensor: ...
+
+    @property
+    def is_landmark(self) -> Tensor: ...
+
+
+class LayerInputs:
+    """What each layer of a pass reads, (B, L, H) at the tokens: ``output_hidden_states``.
+
+    Args:
+        wanted: False: nothing is kept.
+        rows: where the tokens lie.
+        slots: where they lie among landmarks, if there are any.
+    """
+
+    def __init__(self, wanted: bool, rows: PackedRows, slots: Slots | None = None) -> None:
+        self.wanted = wanted
+        self.rows = rows
+        self.slots = slots
+        self.kept: list[Tensor] = []
+
+    def keep(self, states: Tensor) -> Tensor:
+        """Keep a layer's input, (R, P, H); return what the layer reads: the same, made of what is kept.
+
+        So gradients and hooks on what is kept are those of the layer's input, and not of a copy beside it.
+        """
+        if not self.wanted:
+            return states
+        slots = self.slots
+        tokens = states if slots is None else states.flatten(0, 1)[slots.token_position.to(states.device)]
+        self.kept.append(self.rows.unpack(tokens))
+        tokens = self.rows.pack(self.kept[-1])
+        if slots is None:
+            return tokens
+        return torch.where(slots.is_landmark.unsqueeze(-1), states, tokens.flatten(0, 1)[slots.token_index])
+
+    def output(self, last: Tensor) -> tuple[Tensor, ...] | None:
+        """All hidden states of the pass, ``last`` what the head reads; ``None`` where they are not wanted."""
+        return (*self.kept, last) if self.wanted else None
 
 
 @torch.compiler.disable

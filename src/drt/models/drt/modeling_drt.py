@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from drt.layers.rms_norm import RMSNorm
 from drt.layers.window_attention import WindowAttention, WindowState
 from drt.models.common.loss import causal_loss, needs_no_logits
 from drt.models.common.packaged import PackagedCode
-from drt.models.common.rows import NewTokens, PackedRows, pack_rows
+from drt.models.common.rows import LayerInputs, NewTokens, PackedRows, pack_rows
 from drt.models.drt.cache_drt import DRTCache
 from drt.models.drt.chunk_layout import ChunkLayout, build_chunk_layout, keep_columns, upper_reach
 from drt.models.drt.configuration_drt import DRTConfig
@@ -38,11 +38,10 @@ logger = logging.get_logger(__name__)
 
 class _Run(NamedTuple):
     """What a pass of the stack gives: its output where it is wanted, before the norm; what each group retrieved; and,
-    where they are wanted, the inputs of each layer, (B, L, H) at the tokens, and the guidance of each group."""
+    where it is wanted, the guidance of each group."""
 
     hidden_states: Tensor
     retrieved: list[RetrievedMemory]
-    inputs: list[Tensor]
     guidance: list[tuple[Tensor, Tensor]]
 
 
@@ -197,7 +196,8 @@ class DRTModel(DRTPreTrainedModel):
                     "retrieval_targets need learned retrieval, rows without padding, and a pass without a cache"
                 )
             guided = guided_chunks(retrieval_targets, layout)
-        run = self._run(source, layout, cache, only_remember, wants_layers, guided)
+        inputs = LayerInputs(wants_layers, rows, layout)
+        run = self._run(source, layout, cache, only_remember, inputs, guided)
         if cache is not None:
             cache.finish(layout, new)
         if only_remember:
@@ -208,7 +208,7 @@ class DRTModel(DRTPreTrainedModel):
         return DRTModelOutput(
             last_hidden_state=keep_columns(hidden_states, kept) if whole else hidden_states,
             past_key_values=cache,
-            hidden_states=(*map(rows.unpack, run.inputs), hidden_states) if wants_layers else None,
+            hidden_states=inputs.output(hidden_states),
             chunk_indices=tuple(memory.chunk_indices[:, 1:] for memory in run.retrieved)
             if output_retrieval
             else None,
@@ -248,31 +248,26 @@ class DRTModel(DRTPreTrainedModel):
         layout: ChunkLayout,
         cache: DRTCache | None,
         only_remember: bool,
-        wants_layers: bool,
+        inputs: LayerInputs,
         guided: GuidedChunks | None,
     ) -> _Run:
         """The stack over packed rows."""
-        inputs: list[Tensor] = []
-
-        def note(hidden_states: Tensor) -> None:
-            if wants_layers:
-                inputs.append(hidden_states.flatten(0, 1)[layout.token_position.to(hidden_states.device)])
-
         hidden_states = self._embed(source, layout)
         states: Sequence[WindowState | None] = (
             [None] * self.config.num_hidden_layers if cache is None else cache.layers
         )
         for layer, state in zip(self.lower_layers, states, strict=False):
-            note(hidden_states)
-            hidden_states = layer(hidden_states, state)
+            hidden_states = layer(inputs.keep(hidden_states), state)
+        if self.upper_layers:  # before the memory is made of it
+            hidden_states = inputs.keep(hidden_states)
         memory = (
             self._remember(source, hidden_states, layout, cache, guided) if self.config.retrieval else None
         )
         retrieved: list[RetrievedMemory] = []
         if not only_remember:
             upper_states = states[len(self.lower_layers) :]
-            hidden_states, retrieved = self._upper(hidden_states, layout, memory, upper_states, note)
-        return _Run(hidden_states, retrieved, inputs, [] if memory is None else memory.guidance)
+            hidden_states, retrieved = self._upper(hidden_states, layout, memory, upper_states, inputs)
+        return _Run(hidden_states, retrieved, [] if memory is None else memory.guidance)
 
     def _cache(
         self, past_key_values: DRTCache | None, use_cache: bool | None, new: NewTokens
@@ -299,7 +294,7 @@ class DRTModel(DRTPreTrainedModel):
         layout: ChunkLayout,
         memory: ChunkMemory | None,
         states: Sequence[WindowState | None],
-        note: Callable[[Tensor], None],
+        inputs: LayerInputs,
     ) -> tuple[Tensor, list[RetrievedMemory]]:
         """Groups of upper layers; returns their output where it is wanted and what each group retrieved.
 
@@ -311,6 +306,8 @@ class DRTModel(DRTPreTrainedModel):
         group_of = [group for group, layers in enumerate(self.config.layers_per_group) for _ in range(layers)]
         retrieved: list[RetrievedMemory | Retrieval] = []
         for number, (layer, group) in enumerate(zip(self.upper_layers, group_of, strict=True)):
+            if number:
+                hidden_states = inputs.keep(hidden_states)
             if memory is not None and group == len(retrieved):  # the group's first layer
                 retriever: Retriever | FixedRetriever = self.retrievers[group]  # type: ignore[assignment]
                 gumbel = self.training and self.config.gumbel_noise
@@ -322,7 +319,6 @@ class DRTModel(DRTPreTrainedModel):
             chunks: tuple[Tensor | Retrieval, ...] = ()
             if retrieved:
                 chunks = (retrieved[-1],) if isinstance(retrieved[-1], Retrieval) else retrieved[-1]
-            note(hidden_states)
             hidden_states = layer(hidden_states, *blocks, states[number], kept, *chunks)
         if not self.upper_layers:
             hidden_states = hidden_states.flatten(0, 1)[upper.output_index]

@@ -18,6 +18,7 @@ from drt.layers.rms_norm import RMSNorm
 from drt.models.common.cache import DecoderCache, GrowingCacheLayer
 from drt.models.common.inputs import check_arguments
 from drt.models.common.modeling import DecoderGenerationMixin, DecoderPreTrainedModel
+from drt.models.common.rows import LayerInputs
 from drt.models.landmark.configuration_landmark import LandmarkConfig
 from drt.models.landmark.landmark_rows import LandmarkRows, place_landmarks
 
@@ -111,11 +112,9 @@ class LandmarkModel(LandmarkPreTrainedModel):
             if state is not None:
                 state.row_lengths = layout.lengths
         hidden_states = self._embed(source, layout)
-        inputs = []
+        inputs = LayerInputs(bool(output_hidden_states), rows, layout)
         for layer, state in zip(self.layers, states, strict=True):
-            if output_hidden_states:
-                inputs.append(rows.unpack(hidden_states.flatten(0, 1)[layout.token_position]))
-            hidden_states = layer(hidden_states, held, state)
+            hidden_states = layer(inputs.keep(hidden_states), held, state)
         hidden_states = self.norm(hidden_states.flatten(0, 1)[layout.output_index])
         hidden_states = rows.unpack(hidden_states)
         if cache is not None:
@@ -123,7 +122,7 @@ class LandmarkModel(LandmarkPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=cache,
-            hidden_states=(*inputs, hidden_states) if output_hidden_states else None,
+            hidden_states=inputs.output(hidden_states),
         )
 
     def _embed(self, source: Tensor, layout: LandmarkRows) -> Tensor:
