@@ -147,7 +147,9 @@ def test_what_it_cannot_do_is_refused(model: DRTForCausalLM, bytes_tokenizer: By
 
 def test_lm_eval_knows_it_by_name() -> None:
     assert get_model("drt") is DRTLM
-    harness = get_model("drt").create_from_arg_string(f"pretrained={shipped_checkpoint()},device=cpu")
+    harness = get_model("drt").create_from_arg_string(
+        f"pretrained={shipped_checkpoint()},backend=causal,device=cpu"
+    )
     assert (type(harness), harness.max_length, harness.close_prompt) == (DRTLM, 2**24, True)
 
 

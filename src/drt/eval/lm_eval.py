@@ -79,10 +79,9 @@ class DRTLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         with _quiet():  # it warns of all that is not of its own library
             super().__init__(
                 pretrained,
-                backend="causal",
                 batch_size=int(batch_size),
                 add_bos_token=add_bos_token,
-                **settings,
+                **{"backend": "causal"} | settings,
             )
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         if not isinstance(model, OwnCacheGenerationMixin):

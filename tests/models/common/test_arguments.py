@@ -110,6 +110,22 @@ def test_tuples(model, ids):
 
 
 @torch.no_grad()
+def test_logits_of_chosen_positions(model, ids):
+    whole = model(ids).logits
+    kept = torch.tensor([[3, 4, 44], [0, 9, 20]])
+    each = model(ids, logits_to_keep=kept).logits
+    torch.testing.assert_close(each, whole[torch.arange(2)[:, None], kept])
+    torch.testing.assert_close(model(ids, logits_to_keep=kept[0]).logits, whole[:, kept[0]])
+
+
+@torch.no_grad()
+def test_guidance_of_a_model_that_retrieves_nothing_is_refused(make_baseline, ids):
+    for name in MODELS[1:]:
+        with pytest.raises(ValueError, match=f"retrieval_targets is not supported by {name} models"):
+            make_baseline(name)(ids, retrieval_targets=torch.tensor([[0, 40, 3]]))
+
+
+@torch.no_grad()
 def test_what_would_not_be_heeded_is_refused(model, ids):
     for called in (model, model.model):
         with pytest.raises(ValueError, match="head_mask is not supported"):

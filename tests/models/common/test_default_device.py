@@ -63,6 +63,12 @@ def test_passes(model, ids, mask, positions, elsewhere):
             loss.backward()
 
 
+def test_guidance(make_baseline, ids, request):
+    model, targets = make_baseline("drt"), torch.tensor([[0, 40, 3]])
+    request.getfixturevalue("elsewhere")
+    assert model(ids, retrieval_targets=targets, use_cache=False).retrieval_loss.device.type == "cpu"
+
+
 @torch.no_grad()
 def test_generation(model, ids, mask, elsewhere):
     for more in ({}, {"prefill_chunk_size": 10}):

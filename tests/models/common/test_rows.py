@@ -71,7 +71,7 @@ def test_without_being_told_a_cache_is_made_only_where_it_can_be_gone_on_with(mo
         model(ids, attention_mask=padded, past_key_values=cache)
     with pytest.raises(ValueError, match="begin again at 0: pass use_cache=False"):
         model(ids, position_ids=torch.arange(45) % 20, use_cache=True)
-    with pytest.raises(ValueError, match="got a zero between ones"):
+    with pytest.raises(ValueError, match="got a zero between ones in row 2"):
         model(ids, attention_mask=masked((0, 45), (0, 45), (0, 20)) | masked((0, 1), (0, 1), (30, 40)))
 
 

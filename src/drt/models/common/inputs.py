@@ -84,8 +84,9 @@ def check_arguments(
         raise ValueError(
             "output_attentions=True cannot be had: attention weights are made in blocks and never held. Wanted: False"
         )
-    if others.get("head_mask") is not None:
-        raise ValueError("head_mask is not supported, got one; wanted None")
+    for name in ("head_mask", "retrieval_targets"):  # the latter of DRT alone, which takes them before this
+        if others.get(name) is not None:
+            raise ValueError(f"{name} is not supported by {config.model_type} models, got one; wanted None")
     packed = [name for name in PACKED if others.get(name) is not None]
     if packed and position_ids is None:
         raise ValueError(
@@ -151,10 +152,12 @@ def _new_part_of_mask(mask: Tensor, shape: tuple[int, int], past: ReadColumns) -
     if ones.shape[1] > shape[1]:
         past.check(ones[:, : -shape[1]])
     new = ones[:, -shape[1] :]
-    if bool((new.long().diff(dim=1) > 0).sum(1).add(new[:, 0]).gt(1).any()):
+    runs = (new.long().diff(dim=1) > 0).sum(1).add(new[:, 0])
+    if bool(runs.gt(1).any()):
         raise ValueError(
             "attention_mask must be padding around one run of tokens (zeros, then ones, then zeros), got a zero "
-            "between ones"
+            f"between ones in row {int(runs.argmax())}. Prompt tuning puts its tokens before the padding on a row's "
+            "left: give it prompts of one length"
         )
     return None if bool(new.all()) else new
 

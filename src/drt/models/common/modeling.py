@@ -18,7 +18,7 @@ from drt.models.common.generation import OwnCacheGenerationMixin
 from drt.models.common.inputs import check_arguments, check_cache, check_inputs, scored_labels
 from drt.models.common.loss import causal_loss, needs_no_logits
 from drt.models.common.packaged import PackagedCode
-from drt.models.common.rows import LayerInputs, NewTokens, PackedRows, pack_rows
+from drt.models.common.rows import LayerInputs, NewTokens, PackedRows, keep_columns, pack_rows
 from drt.ops.window_attention import alibi_slopes
 
 
@@ -174,7 +174,8 @@ class DecoderGenerationMixin(OwnCacheGenerationMixin):
             use_cache: return a state to continue from. Default: whether ``past_key_values`` is given, or
                 ``config.use_cache`` where there are no ``labels``, no gradient is recorded and every row is one
                 document without padding behind it.
-            logits_to_keep: logits of the last n positions only (0: all), or of the positions in a tensor.
+            logits_to_keep: logits of the last n positions only (0: all), of the positions in a tensor (n,), or of each
+                row's own (B, n).
             output_hidden_states: also return (B, L, H) each: the embeddings, what every layer gives at the tokens, and
                 at last what the head reads. Default: ``config.output_hidden_states``.
             output_attentions: refused: attention weights are made in blocks and never held.
@@ -207,8 +208,7 @@ class DecoderGenerationMixin(OwnCacheGenerationMixin):
         if labels is not None and needs_no_logits(self, self.lm_head, labels, logits_to_keep, **kwargs):  # type: ignore[arg-type]
             loss = causal_loss(self.lm_head, states, labels, **kwargs)
         else:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(states[:, kept])
+            logits = self.lm_head(keep_columns(states, logits_to_keep))
         if labels is not None and logits is not None:
             loss = self.loss_function(  # type: ignore[attr-defined]  # of PreTrainedModel
                 logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs

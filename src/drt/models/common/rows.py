@@ -128,6 +128,13 @@ class LayerInputs:
         return (*self.kept, last) if self.wanted else None
 
 
+def keep_columns(tensor: Tensor, kept: int | Tensor | None) -> Tensor:
+    """Columns of (B, L, ...): the last ``kept``, those in a tensor (n,), each row's own (B, n), or all for ``None``."""
+    if isinstance(kept, Tensor) and kept.dim() == 2:
+        return tensor[torch.arange(len(tensor), device=tensor.device).unsqueeze(1), kept.to(tensor.device)]
+    return tensor[:, kept if isinstance(kept, Tensor) else slice(None if kept is None else -kept, None)]
+
+
 @torch.compiler.disable
 def pack_rows(new: NewTokens, shape: tuple[int, int], device: torch.device) -> PackedRows:
     """Lay out the rows of a ragged batch.

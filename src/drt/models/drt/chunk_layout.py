@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drt.models.common.rows import keep_columns
 from drt.models.drt.configuration_drt import DRTConfig
 
 BLOCK_MULTIPLE = 16  # query slots of a block, but for a block of one
@@ -115,13 +116,6 @@ def upper_reach(config: DRTConfig, kept: int) -> int:
     window = config.sliding_window - 1
     landmark = max(window, config.chunk_size + 1)
     return 2 * kept + sum((layers - 1) * window + landmark for layers in config.layers_per_group)
-
-
-def keep_columns(tensor: Tensor, kept: int | Tensor | None) -> Tensor:
-    """Columns of (B, L, ...): the last ``kept``, those in a tensor (n,), each row's own (B, n), or all for ``None``."""
-    if isinstance(kept, Tensor) and kept.dim() == 2:
-        return tensor[torch.arange(len(tensor), device=tensor.device).unsqueeze(1), kept.to(tensor.device)]
-    return tensor[:, kept if isinstance(kept, Tensor) else slice(None if kept is None else -kept, None)]
 
 
 @torch.compiler.disable

@@ -44,7 +44,7 @@ def guided_chunks(targets: Tensor, layout: ChunkLayout) -> GuidedChunks:
     held = targets.cpu()
     if held.dim() != 2 or held.shape[1] != 3:
         raise ValueError(f"expected retrieval_targets of shape (n, 3), got {tuple(held.shape)}")
-    limit = torch.tensor([rows, length, length])
+    limit = torch.tensor([rows, length, length], device="cpu")
     if bool(((held < 0) | (held >= limit)).any()):
         raise ValueError(f"expected retrieval_targets below {limit.tolist()} (row, column, column)")
     row = held[:, 0]

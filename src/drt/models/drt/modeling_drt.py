@@ -21,9 +21,9 @@ from drt.layers.rms_norm import RMSNorm
 from drt.layers.window_attention import WindowAttention, WindowState
 from drt.models.common.loss import causal_loss, needs_no_logits
 from drt.models.common.packaged import PackagedCode
-from drt.models.common.rows import LayerInputs, NewTokens, PackedRows, pack_rows
+from drt.models.common.rows import LayerInputs, NewTokens, PackedRows, keep_columns, pack_rows
 from drt.models.drt.cache_drt import DRTCache
-from drt.models.drt.chunk_layout import ChunkLayout, build_chunk_layout, keep_columns, upper_reach
+from drt.models.drt.chunk_layout import ChunkLayout, build_chunk_layout, upper_reach
 from drt.models.drt.configuration_drt import DRTConfig
 from drt.models.drt.generation_drt import DRTGenerationMixin
 from drt.models.drt.guidance import GuidedChunks, guided_chunks
@@ -193,7 +193,7 @@ class DRTModel(DRTPreTrainedModel):
             learned = self.config.retrieval and self.config.retriever == "learned"
             if cache is not None or new.starts is not None or not learned:
                 raise ValueError(
-                    "retrieval_targets need learned retrieval, rows without padding, and a pass without a cache"
+                    "retrieval_targets need learned retrieval, rows of one document each, and a pass without a cache"
                 )
             guided = guided_chunks(retrieval_targets, layout)
         inputs = LayerInputs(wants_layers, rows, layout)
