@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from drt.data.tokenizer import train_tokenizer
 from drt.errors import DRTError
-from drt.models.drt.base_model import load_base
+from drt.models.drt.base_model import align_special_tokens, load_base
 from drt.models.drt.upcycle import UpcycleOptions, text_losses, upcycle
 
 SIZES: dict[str, Any] = {
@@ -123,6 +124,13 @@ def test_a_base_is_loaded_with_its_tokenizer_and_what_it_came_from(tmp_path: Pat
     assert (model.config.model_type, len(tokenizer)) == ("llama", 259)
     assert source["name"] == "base"
     assert [len(digest) for digest in source["sha256"]] == [64]
+
+
+def test_the_configuration_says_which_token_ends_a_text() -> None:
+    tokenizer = train_tokenizer(["abc " * 50], 258)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
+    align_special_tokens(tokenizer, LlamaConfig(bos_token_id=None, eos_token_id=1, pad_token_id=0))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (None, 1, 0)
 
 
 @pytest.mark.parametrize("content", ["nothing", "folder", "damaged", "gguf"])

@@ -8,7 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from drt.errors import DRTError
@@ -72,12 +78,26 @@ def _load(folder: Path, gguf: str | None) -> tuple[Any, Any]:
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, **of_weights)
-        return model, AutoTokenizer.from_pretrained(folder, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **settings)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, RuntimeError) as error:
         raise DRTError(f"{folder / gguf if gguf else folder}: cannot be loaded: {error}") from error
     finally:
         if shows_bars:
             transformers_logging.enable_progress_bar()
+    if gguf is not None:
+        align_special_tokens(tokenizer, model.config)
+    return model, tokenizer
+
+
+def align_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Give a tokenizer the special tokens that the model's configuration names.
+
+    transformers 5.17 reads the end token of a .gguf file's tokenizer wrong, and that of its configuration right.
+    """
+    for name in ("bos", "eos", "pad"):
+        wanted = getattr(config, f"{name}_token_id")
+        if isinstance(wanted, int) and getattr(tokenizer, f"{name}_token_id") != wanted:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(wanted))
 
 
 def _sha256(path: Path) -> str:
