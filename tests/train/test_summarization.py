@@ -224,7 +224,7 @@ def _letters() -> Any:
             {"data": {"train": "x", "validation": "x", "sequence_length": 8}},
             "sequence_length: wanted at least 16",
         ),
-        ({"data": {"train": "x", "sequence_length": 64}}, "data: the key validation is missing"),
+        ({"data": {"train": "x", "sequence_length": 64}}, "the key data.validation is missing"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(tmp_path: Path, changes: dict, message: str) -> None:

@@ -118,7 +118,12 @@ class TextEmbedder:
     def _embed(self, texts: list[str], device: torch.device) -> Tensor:
         """(n, E) float32."""
         words = self.words(
-            texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+            texts,
+            padding=True,
+            padding_side="right",  # its positions count from the first slot
+            truncation=True,
+            max_length=MAX_TOKENS,
+            return_tensors="pt",
         ).to(device)
         with torch.autocast(device.type, enabled=False):
             states = self.bert.to(device)(**words).last_hidden_state
