@@ -11,7 +11,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, ClassVar, NoReturn, Self
@@ -19,6 +19,7 @@ from weakref import WeakSet
 
 from drt.errors import DRTError
 
+LOCK = "lock"  # of `lock_folder`
 # What an operating system answers where a file system has no locks.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
@@ -281,6 +282,26 @@ def lock_file(path: Path, busy: str) -> FileLock:
                     f"{path}: this file system does not support locks ({error.strerror}); use a folder on a local disk"
                 ) from error
             raise DRTError(f"{path}: cannot be locked: {error.strerror}") from error
+
+
+@contextmanager
+def lock_folder(folder: Path, busy: str) -> Iterator[None]:
+    """Make a folder if it is missing, and keep other processes out of it with a lock file, which is removed at the end.
+
+    A folder that nothing was written to is removed again.
+
+    Raises:
+        DRTError: as `make_folder` and `lock_file`.
+    """
+    make_folder(folder)
+    path = folder / LOCK
+    with lock_file(path, busy):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def is_locked(path: Path) -> bool:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+MOST_NEW_TOKENS = 2**30  # that are generated: more is a slip of the keyboard
 MOST_THREADS = 1024  # that PyTorch is asked for: with very many OpenMP ends the process
 LARGEST_KEPT = 1 << 25  # glibc takes no larger M_MMAP_THRESHOLD
 

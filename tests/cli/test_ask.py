@@ -122,12 +122,20 @@ def test_the_trace_and_the_page_show_the_passages(ask: Run, book: Path) -> None:
         (["m", "who?", ""], "a question is empty"),
         (["m", "ab\udcff"], r"the question 'ab\udcff' is not UTF-8 text"),
         (["nowhere", "who?"], "nowhere is not an archive: it has no manifest.json"),
-        (["m", "who?", "--html", "m"], "--html m: expected a regular file or a new name, got a folder"),
+        (["m", "who?", "--html", "dir"], "--html dir: expected a regular file or a new name, got a folder"),
         (
             ["m", "who?", "--trace", "x", "--html", "x"],
             "--html x: wanted a file of its own, got that of --trace",
         ),
-        (["m", "who?", "--trace", "m/lock/trace"], "--trace m/lock/trace: cannot be written: "),
+        (["m", "who?", "--trace", "file/trace"], "--trace file/trace: cannot be written: "),
+        (
+            ["m", "who?", "--trace", "m/manifest.json"],
+            "--trace m/manifest.json: expected a file apart from what is",
+        ),
+        (
+            ["m", "who?", "--html", "x/../m/page"],
+            "--html x/../m/page: expected a file apart from what is read",
+        ),
         (["m", "who?", "--search", "quick"], "--search: wanted auto, exact or index, got 'quick'"),
         (["m", "who?", "--search", "index"], "m has no landmark index; drt memory index makes one"),
         (["m", "who?", "--device", "abacus"], "--device: wanted auto, cpu, cuda or cuda:N, got 'abacus'"),
@@ -136,7 +144,18 @@ def test_the_trace_and_the_page_show_the_passages(ask: Run, book: Path) -> None:
 def test_mistakes_are_one_line(
     refuses: Run, checkpoint: Path, archive: str, arguments: list[str], message: str
 ) -> None:
+    Path("file").touch()
+    Path("dir").mkdir()
+    before = {path: path.read_bytes() for path in Path(archive).iterdir()}
     assert message in refuses("ask", "--checkpoint", checkpoint, *arguments)
+    assert {path: path.read_bytes() for path in Path(archive).iterdir()} == before
+
+
+@pytest.mark.parametrize("command", [("ask", "m", "who?"), ("generate", "a prompt")])
+def test_more_tokens_than_anybody_waits_for_are_refused(drt: Run, command: tuple[str, ...]) -> None:
+    result = drt(*command, "--max-new-tokens", 10**20)
+    assert result.exit_code == 2
+    assert "--max-new-tokens" in result.stderr
 
 
 def test_a_damaged_archive_is_refused(refuses: Run, checkpoint: Path, archive: str) -> None:

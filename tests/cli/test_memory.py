@@ -349,6 +349,21 @@ def test_mistakes_are_one_line(refuses: Run, checkpoint: Path, arguments: list[s
     assert not Path("m").exists()
 
 
+def test_an_index_of_an_earlier_format_hides_nothing_else(drt: Run, build: Run, book: Path) -> None:
+    build(book, "-o", "m")
+    known = facts(drt, "m")
+    Path("m", "landmarks.faiss").write_text('{"format": "drt-landmark-index", "format_version": 1}\n')
+    after = facts(drt, "m")
+    assert (after["tokens"], after["documents"], after["indexed"]) == (known["tokens"], known["documents"], 0)
+    assert "format version 1" in after["index_problem"]
+    assert "drt memory index m" in drt("memory", "info", "m").stdout
+
+
+def test_to_verify_a_folder_that_is_none_is_a_mistake(refuses: Run, book: Path) -> None:
+    assert refuses("memory", "verify", "nowhere").startswith("nowhere: expected the folder of an archive")
+    assert refuses("memory", "verify", book).startswith(f"{book}: expected the folder of an archive")
+
+
 @pytest.mark.parametrize("command", ["append", "index", "info"])
 def test_a_folder_that_is_no_archive_is_refused(refuses: Run, book: Path, command: str) -> None:
     files = [book] if command == "append" else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -189,3 +190,15 @@ def test_an_empty_split(make_corpus: MakeCorpus) -> None:
     corpus = Corpus(manifest, "test")
     assert (len(corpus), corpus.num_tokens, corpus.num_bytes, corpus.names) == (0, 0, 0, [])
     assert len(corpus.tokens(0, 0)) == 0
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(make_corpus: MakeCorpus) -> None:
+    folder = make_corpus()
+    names = folder / "train-00000.names.jsonl"
+    names.unlink()
+    os.mkfifo(names)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][0]["files"][names.name]["size"] = 0
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DRTError, match="expected a regular file, got a pipe"):
+        open_corpus(folder, "train")

@@ -89,3 +89,23 @@ def test_apt_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (bin_folder / "apt-get").chmod(0o755)
     with pytest.raises(DRTError, match=r"could not be downloaded.*\nE: no such package"):
         fetch_linux(tmp_path / "output")
+
+
+def test_a_folder_of_that_name_that_is_there_already_stays(tmp_path: Path) -> None:
+    build_package(tmp_path, FILES)
+    (tmp_path / "linux").mkdir()
+    (tmp_path / "linux" / "thesis.c").write_text("years of work")
+    with pytest.raises(DRTError, match=r"linux is there without linux\.json"):
+        fetch_linux(tmp_path)
+    assert (tmp_path / "linux" / "thesis.c").read_text() == "years of work"
+
+
+def test_one_process_fetches_at_a_time(tmp_path: Path) -> None:
+    build_package(tmp_path, FILES)
+
+    def fetch_too(name: str) -> None:
+        with pytest.raises(DRTError, match="another process is fetching"):
+            fetch_linux(tmp_path)
+
+    fetch_linux(tmp_path, fetch_too)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["downloads", "linux", "linux.json"]

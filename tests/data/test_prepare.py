@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import time
 import tracemalloc
 from dataclasses import replace
@@ -321,3 +322,27 @@ def test_settings_that_do_not_fit_are_refused(config: PrepareConfig, tmp_path: P
         replace(config, sources=[Source(path="x", split="dev")])
     with pytest.raises(DRTError, match="hold no document of at least 5000 tokens"):
         prepare_corpus(replace(config, min_tokens=5000, min_test_tokens=5000), tmp_path / "corpus")
+
+
+def die(pieces: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_is_told_of(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "_encode_batch", die)
+    with pytest.raises(DRTError, match="fewer --processes"):
+        prepare_corpus(config, tmp_path / "corpus", processes=2)
+
+
+def test_shares_that_are_no_numbers_are_refused(config: PrepareConfig) -> None:
+    for name in ("validation_share", "test_share", "train_share"):
+        with pytest.raises(DRTError, match="shares of validation, test and train"):
+            replace(config, **{name: float("nan")})
+
+
+def test_sources_without_a_document_leave_no_folder(config: PrepareConfig, tmp_path: Path) -> None:
+    with pytest.raises(DRTError, match="hold no document"):
+        prepare_corpus(replace(config, min_tokens=10**6, min_test_tokens=10**6), tmp_path / "corpus")
+    assert not (tmp_path / "corpus").exists()

@@ -78,3 +78,8 @@ def test_all_of_them_pad_on_the_left(trained: Any, tmp_path: Path) -> None:
     save_tokenizer(other, tmp_path / "right")
     for name in (BYTES, str(tmp_path / "right")):
         assert load_tokenizer(name).padding_side == "left"
+
+
+def test_a_vocabulary_beyond_memory_is_refused() -> None:
+    with pytest.raises(DRTError, match="vocab_size: wanted at most 1,048,576"):
+        train_tokenizer(["a text"], 10**11)

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from drt.errors import DRTError
 from drt.memory import Archive, ArchiveWriter, verify_archive
 from drt.memory.archive_files import INDEX
-from drt.memory.manifest import _text
+from drt.memory.manifest import Manifest, _text
 
 SEGMENTS = 2
 HUGE = 10**15
@@ -268,3 +268,35 @@ def test_lengths_that_no_chunk_has(tmp_path: Path, length: int) -> None:
         writer._parts[-1] = writer._parts[-1].__class__("one", True, True, CHUNKS, CHUNKS, 0)
         writer.commit({}, finished=True)
     assert_refused(path, r"chunks\.bin")
+
+
+def test_a_segment_too_large_for_memory_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its landmarks are searched as one block; files of holes may hold any number of them."""
+    monkeypatch.setattr("drt.memory.archive_files.MAX_BLOCK_BYTES", 1)
+    assert_refused(path, r"landmarks\.bin: expected at most")
+
+
+def test_a_segment_that_could_not_be_read_is_not_committed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ArchiveWriter.open(path) as writer:
+        before = writer.num_chunks
+        monkeypatch.setattr("drt.memory.archive_files.MAX_BLOCK_BYTES", 1)
+        writer.begin_document("more")
+        writer.store().append(*offer(7))
+        with pytest.raises(DRTError, match="commit more often"):
+            writer.commit({}, finished=True)
+    monkeypatch.undo()
+    with Archive.open(path) as archive:
+        assert archive.num_chunks == before
+
+
+def test_what_is_missing_is_said_at_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader reads again only where a writer has committed meanwhile."""
+    loads: list[Path] = []
+    load = Manifest.load
+    monkeypatch.setattr(Manifest, "load", lambda name: loads.append(name) or load(name))
+    next(path.glob("state-*")).unlink()
+    with pytest.raises(DRTError, match=r"state-.*: missing"):
+        Archive.open(path)
+    assert len(loads) == 2

@@ -17,6 +17,7 @@ from drt.cli.shared import (
     reading_progress,
     write_records,
 )
+from drt.machine import MOST_NEW_TOKENS
 from drt.terminal import say
 
 if TYPE_CHECKING:
@@ -101,7 +102,9 @@ def summarization(
     document_field: Annotated[str, typer.Option(help="Field of the document.")] = "document",
     summary_field: Annotated[str, typer.Option(help="Field of the summary.")] = "summary",
     samples: Annotated[int, typer.Option(min=0, help="Take the first so many; 0: all.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest summary.")] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_NEW_TOKENS, help="Tokens of the longest summary.")
+    ] = 256,
     segment_size: Annotated[str, typer.Option(metavar="N", help="Tokens read in one pass.")] = "4K",
     json: Json = Path("summarization.jsonl"),
     device: Device = "auto",

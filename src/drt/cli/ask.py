@@ -9,6 +9,7 @@ import typer
 
 from drt.errors import DRTError
 from drt.files import write_text
+from drt.machine import MOST_NEW_TOKENS
 from drt.terminal import one_line, say
 
 if TYPE_CHECKING:
@@ -25,7 +26,11 @@ def ask(
     ],
     max_new_tokens: Annotated[
         int,
-        typer.Option(min=1, help="Tokens of an answer at most. The shipped model's answers are five digits."),
+        typer.Option(
+            min=1,
+            max=MOST_NEW_TOKENS,
+            help="Tokens of an answer at most. The shipped model's answers are five digits.",
+        ),
     ] = 5,
     trace: Annotated[
         Path | None,
@@ -84,7 +89,7 @@ def ask(
     from drt.eval.results import RecordWriter
     from drt.plotting.retrieval import retrieval_page
 
-    check_outputs({"--trace": trace, "--html": html})
+    check_outputs({"--trace": trace, "--html": html}, [folder])
     loaded = load_checkpoint(checkpoint, device)
     with open_archive(folder, loaded, search) as archive:
         answers = ask_archive(loaded.model, loaded.tokenizer, archive, questions, max_new_tokens)

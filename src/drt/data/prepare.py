@@ -14,7 +14,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,10 +28,9 @@ from drt.data.sources import HUB, Source, place_of, read_sources
 from drt.data.tokenizer import describe_tokenizer, load_tokenizer, save_tokenizer
 from drt.data.tokens import TextCodec, text_pieces
 from drt.errors import DRTError
-from drt.files import lock_file, read_json, write_text
+from drt.files import lock_folder, read_json, write_text
 
 PROGRESS = "progress.json"
-LOCK = "lock"
 _BATCH_BYTES = 2**21  # text given to a process at once
 _WAITING = 3  # batches a process may have in its queue
 
@@ -67,7 +66,7 @@ class PrepareConfig:
             if source.split is not None and source.split not in SPLITS:
                 raise DRTError(f"split: wanted one of {', '.join(SPLITS)}, got {source.split!r}")
         shares = (self.validation_share, self.test_share, self.train_share or 0.0)
-        if min(shares) < 0 or sum(shares) > 1:
+        if not (all(share >= 0 for share in shares) and sum(shares) <= 1):  # NaN is neither
             raise DRTError(f"shares of validation, test and train: wanted 0..1 in all, got {shares}")
 
 
@@ -106,7 +105,7 @@ def prepare_corpus(
     request = _describe_request(config, described["fingerprint"])
     if (output / MANIFEST).exists():
         return _finished_corpus(output, config, request)
-    with _locked(output):
+    with lock_folder(output, f"another process is preparing {output}; wait until it has finished"):
         if (output / MANIFEST).exists():  # another process has finished it meanwhile
             return _finished_corpus(output, config, request)
         state = _load_progress(output, request)
@@ -123,6 +122,8 @@ def prepare_corpus(
         finally:
             writer.abandon()
         if not state["shards"].get("train") and not state["shards"].get("test"):
+            if not state["shards"]:  # nothing that other settings would stand beside
+                (output / PROGRESS).unlink()
             raise DRTError(f"{output}: the sources hold no document of at least {config.min_tokens} tokens")
         save_tokenizer(tokenizer, output / TOKENIZER)
         shards = {split: state["shards"][split] for split in SPLITS if state["shards"].get(split)}
@@ -143,23 +144,6 @@ def split_of(
     if place < held_out:
         return "test" if place < test_share else "validation"
     return "train" if train_share is None or place < held_out + train_share else None
-
-
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Make the folder and keep other processes out of it; one that nothing was written to is removed again."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DRTError(f"{output}: cannot be made: {error.strerror}") from error
-    path = output / LOCK
-    with lock_file(path, f"another process is preparing {output}; wait until it has finished"):
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            with suppress(OSError):
-                output.rmdir()
 
 
 def _finished_corpus(output: Path, config: PrepareConfig, request: list[dict[str, Any]]) -> Manifest:
@@ -352,7 +336,14 @@ def _encoded(
 def _finished(
     parts: list[tuple[_Document, bool]], future: Future[list[Tokens]]
 ) -> Iterator[tuple[_Document, bool, Tokens]]:
-    return ((*part, ids) for part, ids in zip(parts, future.result(), strict=True))
+    try:
+        encoded = future.result()
+    except BrokenProcessPool as error:
+        raise DRTError(
+            "a process that tokenises has ended before its work, as where memory is short; run the same command again, "
+            "with fewer --processes, and it goes on"
+        ) from error
+    return ((*part, ids) for part, ids in zip(parts, encoded, strict=True))
 
 
 def _pieces(document: _Document) -> Iterator[bytes | None]:

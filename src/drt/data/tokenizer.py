@@ -19,6 +19,7 @@ PAD, DOCUMENT_END = "<pad>", "<eos>"
 # What the classes of the library make a list of before anything else is looked at.
 _COUNTS = ("extra_ids", "offset")
 _MOST_EXTRA_TOKENS = 2**16
+_LARGEST_VOCABULARY = 2**20  # to train: memory for all of it is taken at once
 
 # What the fingerprint sees of merges and of the splitting into words: prose, code, numbers, spaces, other scripts.
 _PROBE = (
@@ -132,6 +133,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     least = 256 + 2
     if vocab_size < least:
         raise DRTError(f"vocab_size: wanted at least {least}, got {vocab_size}")
+    if vocab_size > _LARGEST_VOCABULARY:
+        raise DRTError(f"vocab_size: wanted at most {_LARGEST_VOCABULARY:,}, got {vocab_size:,}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -39,6 +39,10 @@ LEAST_IN_LIST = 40  # landmarks in a list, on average; faiss wants 39 to train o
 HEAD_BYTES = 2**16  # of the line of JSON, at most
 
 
+class EarlierIndexError(DRTError):
+    """An index of a format that is not read any more: nothing is wrong with it but its age."""
+
+
 class IndexSizes(NamedTuple):
     """Sizes of an index: landmarks n, inverted lists c, and the width H of a landmark."""
 
@@ -300,14 +304,20 @@ def _read_head(path: Path, file: IO[bytes]) -> tuple[dict[str, Any], Point]:
         head = json.loads(line)
         if not isinstance(head, dict) or head.get("format") != FORMAT:
             raise ValueError(f'expected "format": "{FORMAT}"')
-        if head.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"format version {head.get('format_version')!r}, but this drt reads version {FORMAT_VERSION}"
+        version = head.get("format_version")
+        if type(version) is int and 0 < version < FORMAT_VERSION:
+            raise EarlierIndexError(
+                f"{path} is of format version {version}, but this drt reads version {FORMAT_VERSION}; make it anew "
+                f"with drt memory index {path.parent}"
             )
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format version {version!r}, but this drt reads version {FORMAT_VERSION}")
         numbers = [head.get(name) for name in ("lists", "width", "crc32")]
         if len(head) != 6 or any(type(number) is not int for number in numbers) or line != _line(head):
             raise ValueError("expected point, lists, width and crc32, as they are written")
         return head, from_json(Point, head["point"], "point")
+    except EarlierIndexError:
+        raise
     except (KeyError, ValueError, RecursionError) as error:
         raise _unreadable(path, str(error)) from error
 

@@ -18,6 +18,7 @@ leaves the archive as it was at its last commit. Readers need no lock.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -34,7 +35,13 @@ from torch import Tensor
 
 from drt.errors import DRTError
 from drt.files import open_regular
-from drt.memory.approximate_index import INDEX_FILE, ApproximateIndex, indexed_point, load_index
+from drt.memory.approximate_index import (
+    INDEX_FILE,
+    ApproximateIndex,
+    EarlierIndexError,
+    indexed_point,
+    load_index,
+)
 from drt.memory.archive_files import ArchiveFiles, ArchivePage
 from drt.memory.chunk_codec import Fields, is_finite
 from drt.memory.landmark_index import LandmarkIndex, NearestLandmarks, PlacedPage
@@ -46,6 +53,7 @@ MANIFEST, JOURNAL = "manifest.json", "segments.jsonl"
 SEARCHES = ("auto", "exact", "index")
 INDEXED_FROM = 2**20  # chunks; benchmarks/landmark_index.py measured where a search by index is worth it
 MAX_READ_BYTES = 2**30  # of a journal and of a decoding state, which are read whole
+_log = logging.getLogger(__name__)
 _ATTEMPTS = 50  # a reader meets a commit between two of its reads very seldom twice in a row
 
 
@@ -89,7 +97,8 @@ class Archive:
     Attributes:
         search: of landmarks by the stores that are made of it: "exact" scores all; "index" asks the archive's index
             (`ArchiveWriter.index`) for candidates among those that it covers; "auto", the default, does so where an
-            index covers at least `INDEXED_FROM`. A writer's store is searched exactly.
+            index covers at least `INDEXED_FROM`, and warns of one of an earlier format, which it does without. A
+            writer's store is searched exactly.
     """
 
     def __init__(self, path: Path, manifest: Manifest, point: Point, files: ArchiveFiles) -> None:
@@ -114,8 +123,12 @@ class Archive:
             DRTError: no archive, one of a later format, a damaged one, or one of which no build has finished.
         """
         folder = Path(path)
+        before: Manifest | None = None
         for _ in range(_ATTEMPTS):
             manifest = Manifest.load(folder / MANIFEST)
+            if manifest == before:  # no writer was at work: what is missing will not come
+                break
+            before = manifest
             if manifest.finished is None:
                 raise DRTError(
                     f"{folder} is not finished: its build stopped after {manifest.head.tokens:,} tokens; run it again "
@@ -235,7 +248,13 @@ class Archive:
             raise ValueError(f"search must be {', '.join(SEARCHES)}, got {self.search!r}")
         if self.search == "exact":
             return None
-        indexed = self.num_indexed
+        try:
+            indexed = self.num_indexed
+        except EarlierIndexError as error:
+            if self.search == "index":
+                raise
+            _log.warning("every chunk is scored: %s", error)
+            return None
         if indexed > self.num_chunks:  # made after this archive was opened
             indexed = 0
         if self.search == "index" and not indexed:
@@ -286,7 +305,7 @@ class Archive:
             self.point.text_bytes,
         ):
             raise DRTError(f"{self.path / JOURNAL} is damaged: its counts are not those of {MANIFEST}")
-        for problem in self._files.too_short(self.num_chunks, self.point.text_bytes):
+        for problem in self._files.wrong_sizes(self.num_chunks, self.point.text_bytes):
             raise DRTError(problem)
         self._state = read_state(self.path, self.point, self._files.verify)
 

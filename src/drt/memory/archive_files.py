@@ -25,6 +25,7 @@ from drt.memory.record_file import RecordFile
 INDEX = np.dtype([("start", "<i8"), ("stop", "<i8"), ("crc32", "<u4")])
 LANDMARK_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LANDMARK_BLOCK = 8192  # landmarks read at a time, or one segment's if it has more
+MAX_BLOCK_BYTES = 2**30  # of one segment's landmarks
 READ_BYTES = 2**24  # read at a time where a whole file is read
 CHUNKS, LANDMARKS, INDICES, TEXT = range(len(DATA_FILES))
 
@@ -83,6 +84,14 @@ class ArchiveFiles:
         self._segments.append(segment)
         self._chunk_starts.append(self._chunk_starts[-1] + segment.chunks)
         self._text_starts.append(self._text_starts[-1] + segment.text_bytes)
+
+    def too_large(self, segment: Segment) -> list[str]:
+        """What is wrong with a segment whose landmarks, which are searched as one block, do not fit memory."""
+        file = self.files[LANDMARKS]
+        size = segment.chunks * file.record_bytes
+        if size <= MAX_BLOCK_BYTES:
+            return []
+        return [f"{file.name}: expected at most {MAX_BLOCK_BYTES:,} bytes in a segment, got {size:,}"]
 
     @property
     def num_chunks(self) -> int:
@@ -205,15 +214,15 @@ class ArchiveFiles:
                 first = min(end, held)
         return ranges
 
-    def too_short(self, chunks: int, text_bytes: int) -> list[str]:
-        """What is wrong with the files' sizes, a line a file, where they shall hold at least so much."""
+    def wrong_sizes(self, chunks: int, text_bytes: int) -> list[str]:
+        """What is wrong with the sizes of files that shall hold at least so much, and of segments, a line each."""
         problems = []
         for file, wanted in zip(self.files, (chunks, chunks, chunks, text_bytes), strict=True):
             if file.size() < wanted * file.record_bytes:
                 problems.append(
                     f"{file.name} is truncated: wanted {wanted * file.record_bytes} bytes, got {file.size()}"
                 )
-        return problems
+        return problems + [problem for segment in self._segments for problem in self.too_large(segment)]
 
     def close(self) -> None:
         """Close them; again is no error."""

@@ -51,8 +51,10 @@ def _problems(folder: Path, manifest: Manifest, on_progress: Callable[[int], Non
     for segment in segments:
         files.add(segment)
     try:
-        problems += files.too_short(manifest.head.chunks, manifest.head.text_bytes)
+        problems += files.wrong_sizes(manifest.head.chunks, manifest.head.text_bytes)
         for number in range(len(segments)):
+            if files.too_large(segments[number]):
+                continue
             problems += _damaged(files, number, on_progress)
     finally:
         files.close()

@@ -232,6 +232,8 @@ class ArchiveWriter(Archive):
         head = self.point
         parts = [part for part in self._parts if part.chunks or (part.ends and not part.begins)]
         segment = Segment(tuple(self._crc32), tuple(parts))
+        for problem in self._files.too_large(segment):
+            raise DRTError(f"{problem}; commit more often")
         line, content = segment.line(), dump_state(state)
         digest = self._journal_digest.copy()
         digest.update(line)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from reprlib import repr as short  # of a stranger's value: never long
 from typing import Any, Self, TypeVar, get_type_hints
@@ -19,6 +20,9 @@ from drt.errors import DRTError
 from drt.files import read_bytes
 
 T = TypeVar("T")
+_types_of: Callable[[type], dict[str, type]] = cache(
+    get_type_hints
+)  # a journal has a part for every document
 
 FORMAT = "drt-archive"
 FORMAT_VERSION = 1
@@ -269,7 +273,7 @@ def _is_int(value: object) -> bool:
 
 def from_json(kind: type[T], value: object, where: str) -> T:
     """A dataclass of plain fields from a JSON object with just those fields."""
-    types = get_type_hints(kind)
+    types = _types_of(kind)
     if not isinstance(value, dict) or value.keys() != types.keys():
         raise ValueError(f"{where}: wanted {', '.join(types)}, got {short(value)}")
     for name, wanted in types.items():
