@@ -202,7 +202,7 @@ def test_chunks_are_held_as_it_is_told(
 def test_a_memory_that_cannot_be_is_refused(
     evaluate: Evaluate, tokenizer: PreTrainedTokenizerBase, haystack: Haystack
 ) -> None:
-    with pytest.raises(DRTError, match="memory_dtype.*int8, got 'int4'"):
+    with pytest.raises(DRTError, match=r"memory_dtype.*int8, got 'int4'"):
         evaluate(memory_dtype="int4")
     llama = LlamaForCausalLM(
         LlamaConfig(
