@@ -98,7 +98,7 @@ def main() -> None:
     except DRTError as error:
         parser.error(str(error))
     if not isinstance(model, DRTForCausalLM) or not any(isinstance(m, Retriever) for m in model.modules()):
-        parser.error(f"{options.checkpoint}: wanted a DRT model with a learned retriever")
+        parser.error(f"{options.checkpoint}: expected a DRT model with a learned retriever")
     model.to(options.device)
     starts = np.linspace(0, corpus.num_tokens - options.length, options.rows).astype(int).tolist()
     rows = [corpus.tokens(start, start + options.length).astype(np.int64) for start in starts]

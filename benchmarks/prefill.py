@@ -116,7 +116,7 @@ def prepare(options: Options) -> DRTForCausalLM:
     keep_freed_memory()  # as `drt` does
     model, _ = load_model(options.checkpoint or shipped_checkpoint(), dtype=DTYPES[options.dtype])
     if not isinstance(model, DRTForCausalLM):
-        raise DRTError(f"{options.checkpoint}: wanted a DRT model, got {type(model).__name__}")
+        raise DRTError(f"{options.checkpoint}: expected a DRT model, got {type(model).__name__}")
     return model.to(options.device).eval()
 
 

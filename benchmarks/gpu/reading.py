@@ -39,7 +39,7 @@ def main() -> None:
     segment = 256 if arguments.tiny else SEGMENT
     if lengths != sorted(lengths) or lengths[0] < segment:
         options.error(
-            f"--lengths: wanted lengths from {segment} up, the shortest first, got {arguments.lengths}"
+            f"--lengths: expected lengths from {segment} up, the shortest first, got {arguments.lengths}"
         )
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4} if arguments.tiny else {}
     config = DRTConfig(vocab_size=50257, num_groups=2, **sizes)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class DRTError(ValueError):
-    """A mistake of the user's: a wrong file, a wrong setting. The message says what was got and what is wanted.
+    """A mistake of the user's: a wrong file, a wrong setting. The message says what was expected and what was given.
 
     The `drt` command prints the message without a traceback and exits with code 2.
     """

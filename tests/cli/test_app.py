@@ -108,7 +108,7 @@ def command_that(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], N
 @pytest.mark.parametrize(
     ("error", "code", "shown"),
     [
-        (DRTError("length 1Q: wanted a number"), 2, "error: length 1Q: wanted a number\n"),
+        (DRTError("length 1Q: expected a number"), 2, "error: length 1Q: expected a number\n"),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.txt"), 2, "error: a.txt: No such file\n"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "error: /x: Permission denied\n"),
         (OSError("no space left"), 2, "error: no space left\n"),

@@ -118,14 +118,14 @@ def test_the_trace_and_the_page_show_the_passages(ask: Run, book: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["m", ""], "a question is empty; wanted at least one character"),
+        (["m", ""], "a question is empty; expected at least one character"),
         (["m", "who?", ""], "a question is empty"),
         (["m", "ab\udcff"], r"the question 'ab\udcff' is not UTF-8 text"),
         (["nowhere", "who?"], "nowhere is not an archive: it has no manifest.json"),
         (["m", "who?", "--html", "dir"], "--html dir: expected a regular file or a new name, got a folder"),
         (
             ["m", "who?", "--trace", "x", "--html", "x"],
-            "--html x: wanted a file of its own, got that of --trace",
+            "--html x: expected a file of its own, got that of --trace",
         ),
         (["m", "who?", "--trace", "file/trace"], "--trace file/trace: cannot be written: "),
         (
@@ -136,9 +136,9 @@ def test_the_trace_and_the_page_show_the_passages(ask: Run, book: Path) -> None:
             ["m", "who?", "--html", "x/../m/page"],
             "--html x/../m/page: expected a file apart from what is read",
         ),
-        (["m", "who?", "--search", "quick"], "--search: wanted auto, exact or index, got 'quick'"),
+        (["m", "who?", "--search", "quick"], "--search: expected auto, exact or index, got 'quick'"),
         (["m", "who?", "--search", "index"], "m has no landmark index; drt memory index makes one"),
-        (["m", "who?", "--device", "abacus"], "--device: wanted auto, cpu, cuda or cuda:N, got 'abacus'"),
+        (["m", "who?", "--device", "abacus"], "--device: expected auto, cpu, cuda or cuda:N, got 'abacus'"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -127,7 +127,7 @@ def test_pickled_code_never_runs(refused: Run, tmp_path: Path) -> None:
 )
 def test_a_file_of_something_else_is_named(refused: Run, tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "other.pt")
-    assert "other.pt: wanted a dictionary of names and tensors" in refused(tmp_path / "other.pt")
+    assert "other.pt: expected a dictionary of names and tensors" in refused(tmp_path / "other.pt")
 
 
 def test_parameters_that_do_not_fit_are_named(
@@ -140,7 +140,7 @@ def test_parameters_that_do_not_fit_are_named(
     torch.save(parameters | {"extra.weight": torch.ones(1)}, path)
     assert "unknown extra.weight" in refused(path)
     torch.save(parameters | {"model.norm.weight": torch.ones(7)}, path)
-    assert "model.norm.weight is (7,), wanted (64,)" in refused(path)
+    assert "model.norm.weight is (7,), expected (64,)" in refused(path)
     torch.save({"weight": torch.ones(1)}, path)
     assert "holds no model.embed_tokens.weight" in refused(path)
 

@@ -135,8 +135,8 @@ def test_texts_that_are_split_already(drt: Run, rows: Path) -> None:
 
 
 def test_sources_must_be_there(refuses: Run, tmp_path: Path) -> None:
-    assert "wanted at least one source" in refuses("data", "prepare", "-o", "corpus")
-    assert "wanted at least one source" in refuses("data", "tokenizer")
+    assert "expected at least one source" in refuses("data", "prepare", "-o", "corpus")
+    assert "expected at least one source" in refuses("data", "tokenizer")
     missing = refuses("data", "prepare", tmp_path / "none.txt", "-o", "corpus", "--processes", 1)
     assert "none.txt: no such file or folder" in missing
 

@@ -208,26 +208,26 @@ def test_an_installation_without_a_checkpoint_says_so(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--length", "1Q"], "--length: wanted a length such as 4096, 64K or 1M, got '1Q'"),
-        (["--length", ""], "--length: wanted a length such as 4096, 64K or 1M, got ''"),
-        (["--length", "4K,"], "--length: wanted a length such as 4096, 64K or 1M, got ''"),
-        (["--length", "0"], "--length: wanted a length such as 4096, 64K or 1M, got '0'"),
-        (["--length", "9" * 5000], "--length: wanted a length such as 4096, 64K or 1M, got '999"),
-        (["--length", "12"], "length 12 is too short for single: wanted at least 14 tokens"),
+        (["--length", "1Q"], "--length: expected a length such as 4096, 64K or 1M, got '1Q'"),
+        (["--length", ""], "--length: expected a length such as 4096, 64K or 1M, got ''"),
+        (["--length", "4K,"], "--length: expected a length such as 4096, 64K or 1M, got ''"),
+        (["--length", "0"], "--length: expected a length such as 4096, 64K or 1M, got '0'"),
+        (["--length", "9" * 5000], "--length: expected a length such as 4096, 64K or 1M, got '999"),
+        (["--length", "12"], "length 12 is too short for single: expected at least 14 tokens"),
         (
             ["--length", "2M"],
-            "the haystack (sample) is too short: wanted 2097152 tokens of text, got 1290297",
+            "the haystack (sample) is too short: expected 2097152 tokens of text, got 1290297",
         ),
-        (["--task", "twohop"], "--task: wanted tasks of single, multikey, multihop, got twohop"),
-        (["--task", ""], "--task: wanted tasks of single, multikey, multihop, got"),
-        (["--segment-size", "big"], "--segment-size: wanted a length such as 4096, 64K or 1M, got 'big'"),
+        (["--task", "twohop"], "--task: expected tasks of single, multikey, multihop, got twohop"),
+        (["--task", ""], "--task: expected tasks of single, multikey, multihop, got"),
+        (["--segment-size", "big"], "--segment-size: expected a length such as 4096, 64K or 1M, got 'big'"),
         (["--haystack", "nothing.txt"], "nothing.txt: no such file or folder"),
         (["--checkpoint", "nothing"], "no checkpoint folder at nothing"),
-        (["--plot", "picture.gif"], "--plot picture.gif: wanted a file name that ends in .png, .pdf, .svg"),
-        (["--plot", "picture"], "--plot picture: wanted a file name that ends in"),
-        (["--device", "abacus"], "--device: wanted auto, cpu, cuda or cuda:N, got 'abacus'"),
+        (["--plot", "picture.gif"], "--plot picture.gif: expected a file name that ends in .png, .pdf, .svg"),
+        (["--plot", "picture"], "--plot picture: expected a file name that ends in"),
+        (["--device", "abacus"], "--device: expected auto, cpu, cuda or cuda:N, got 'abacus'"),
         (["--device", "cuda:99"], "--device: got cuda:99, but PyTorch sees"),
-        (["--dtype", "int8"], "--dtype: wanted float32 or bfloat16, got 'int8'"),
+        (["--dtype", "int8"], "--dtype: expected float32 or bfloat16, got 'int8'"),
     ],
 )
 def test_mistakes_are_one_line(refused: Run, options: list[str], message: str) -> None:
@@ -260,14 +260,14 @@ def test_outputs_are_checked_before_anything_is_read(
     (tmp_path / "folder.png").mkdir()
     assert "got a folder" in refused("--plot", tmp_path / "folder.png")
     same = ("--json", "out/../a.png", "--plot", tmp_path / "here" / "a.png")
-    assert refused(*same) == f"--plot {same[-1]}: wanted a file of its own, got that of --json"
+    assert refused(*same) == f"--plot {same[-1]}: expected a file of its own, got that of --json"
     assert not Path("a.png").exists()
 
 
 def test_the_haystack_is_not_written_over(refused: Run, tmp_path: Path) -> None:
     book = tmp_path / "book.txt"
     book.write_text("words " * 100)
-    message = f"--json {book}: wanted a file of its own, got that of what is read"
+    message = f"--json {book}: expected a file apart from what is read, got one of it"
     assert refused("--haystack", book, "--json", book) == message
     assert book.read_text() == "words " * 100
 
@@ -311,7 +311,7 @@ def test_a_checkpoint_without_a_tokenizer_is_named(refused: Run, broken: Path) -
             {"hidden_size": 64},
             "config.json: hidden_size must be num_attention_heads x head_dim, got 64 and 2 x 16",
         ),
-        ({"intermediate_size": 64}, "is (32, 48), wanted (32, 64)"),
+        ({"intermediate_size": 64}, "is (32, 48), expected (32, 64)"),
         ({"num_upper_layers": 4}, "do not fit its config.json: missing"),
         ({"num_upper_layers": 3}, "config.json: num_groups must divide num_upper_layers, got 2 and 3"),
         ({"chunk_size": "many"}, "config.json: Field 'chunk_size' expected int, got str (value: 'many')"),
@@ -340,5 +340,5 @@ def test_a_checkpoint_of_another_architecture_is_named(refused: Run, tmp_path: P
     LlamaForCausalLM(config).save_pretrained(folder)
     ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
     message = refused("--checkpoint", folder)
-    assert f"{folder / 'config.json'}: wanted model_type drt, " in message
+    assert f"{folder / 'config.json'}: expected model_type drt, " in message
     assert ", got 'llama'" in message

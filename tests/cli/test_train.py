@@ -33,10 +33,10 @@ def config(drt: Run) -> Path:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sead: 3", "unknown key sead; wanted one of output_dir"),
-        ("seed: three", "seed: wanted a whole number, got 'three' (str)"),
-        ("optimizer: {lr: fast}", "optimizer.lr: wanted a number, got 'fast' (str)"),
-        ("device: tpu", "device: wanted auto, cpu or cuda, got 'tpu'"),
+        ("sead: 3", "unknown key sead; expected one of output_dir"),
+        ("seed: three", "seed: expected a whole number, got 'three' (str)"),
+        ("optimizer: {lr: fast}", "optimizer.lr: expected a number, got 'fast' (str)"),
+        ("device: tpu", "device: expected auto, cpu or cuda, got 'tpu'"),
     ],
 )
 def test_a_wrong_key_or_type_is_one_line(refuses: Run, config: Path, text: str, message: str) -> None:
@@ -52,7 +52,7 @@ def test_a_wrong_key_or_type_is_one_line(refuses: Run, config: Path, text: str, 
     ("override", "message"),
     [
         ("optimizer.lrr=1", "unknown key optimizer.lrr"),
-        ("model.hidden_sise=64", "unknown key model.hidden_sise; wanted a field of DRTConfig"),
+        ("model.hidden_sise=64", "unknown key model.hidden_sise; expected a field of DRTConfig"),
         ("model.sink=maybe", "Field 'model.sink' expected bool, got str (value: 'maybe')"),
         (
             "model.num_attention_heads=3",

@@ -87,7 +87,7 @@ def test_a_training_names_numbers_beyond_sense(refuses: Run, places: None) -> No
     }
     for name, value in (("seed", 2**32), ("threads", 10**6)):
         Path("run.yaml").write_text(json.dumps(config | {name: value}))
-        assert f"{name}: wanted 0 to" in refuses("train", "run.yaml")
+        assert f"{name}: expected 0 to" in refuses("train", "run.yaml")
     Path("run.yaml").write_text(json.dumps("x" * 10**6))
     assert len(refuses("train", "run.yaml")) < 300
 

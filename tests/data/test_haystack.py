@@ -138,7 +138,7 @@ def test_the_whole_text_is_a_window(tokenizer: Any) -> None:
     ids, _ = haystack.window(codec, count, np.random.default_rng(0))
     assert codec.decode(ids) == haystack.text
     with pytest.raises(
-        DRTError, match=rf"\(one, two\) is too short: wanted {count + 1} tokens .* got {count}"
+        DRTError, match=rf"\(one, two\) is too short: expected {count + 1} tokens .* got {count}"
     ):
         haystack.window(codec, count + 1, np.random.default_rng(0))
 

@@ -353,22 +353,22 @@ def test_text_that_completes_a_needle_to_another_is_avoided(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows": 0}, "rows: wanted at least 1, got 0"),
-        ({"row_length": 63}, "row_length: wanted at least 64, got 63"),
-        ({"chunk_size": 0}, "chunk_size: wanted at least 1"),
-        ({"spare_needles": -1}, "spare_needles: wanted at least 0"),
-        ({"dense_share": 1.5}, r"dense_share: wanted 0\.\.1, got 1\.5"),
-        ({"chain_share": -0.1}, r"chain_share: wanted 0\.\.1"),
-        ({"hard_name_rate": 2}, r"hard_name_rate: wanted 0\.\.1"),
-        ({"decoy_rate": float("nan")}, r"decoy_rate: wanted 0\.\.1, got nan"),
-        ({"lookalike_rate": -1}, "lookalike_rate: wanted at least 0, got -1"),
-        ({"lookalike_rate": float("nan")}, "lookalike_rate: wanted at least 0, got nan"),
-        ({"question_rate": 0}, "question_rate: wanted a positive number"),
-        ({"needles_per_question": -1}, "needles_per_question: wanted a positive number"),
-        ({"min_hops": 3}, "wanted 1 <= min_hops <= max_hops, got 3, 2"),
-        ({"min_hops": 0}, "wanted 1 <= min_hops <= max_hops, got 0, 2"),
-        ({"min_distance": -1}, "min_distance: wanted at least 0"),
-        ({"text_positions": -1}, "text_positions: wanted at least 0"),
+        ({"rows": 0}, "rows: expected at least 1, got 0"),
+        ({"row_length": 63}, "row_length: expected at least 64, got 63"),
+        ({"chunk_size": 0}, "chunk_size: expected at least 1"),
+        ({"spare_needles": -1}, "spare_needles: expected at least 0"),
+        ({"dense_share": 1.5}, r"dense_share: expected 0\.\.1, got 1\.5"),
+        ({"chain_share": -0.1}, r"chain_share: expected 0\.\.1"),
+        ({"hard_name_rate": 2}, r"hard_name_rate: expected 0\.\.1"),
+        ({"decoy_rate": float("nan")}, r"decoy_rate: expected 0\.\.1, got nan"),
+        ({"lookalike_rate": -1}, "lookalike_rate: expected at least 0, got -1"),
+        ({"lookalike_rate": float("nan")}, "lookalike_rate: expected at least 0, got nan"),
+        ({"question_rate": 0}, "question_rate: expected a positive number"),
+        ({"needles_per_question": -1}, "needles_per_question: expected a positive number"),
+        ({"min_hops": 3}, "expected 1 <= min_hops <= max_hops, got 3, 2"),
+        ({"min_hops": 0}, "expected 1 <= min_hops <= max_hops, got 0, 2"),
+        ({"min_distance": -1}, "min_distance: expected at least 0"),
+        ({"text_positions": -1}, "text_positions: expected at least 0"),
     ],
 )
 def test_a_stage_that_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -382,9 +382,9 @@ def test_sources_that_do_not_fit_are_refused(byte_tokenizer: Any) -> None:
     with pytest.raises(DRTError, match="at least one source"):
         NeedleMix([], byte_tokenizer)
     for weights in ([1, 2], [0], [-1], []):
-        with pytest.raises(DRTError, match="weights: wanted one for each of 1 sources"):
+        with pytest.raises(DRTError, match="weights: expected one for each of 1 sources"):
             NeedleMix([text], byte_tokenizer, weights)
-    with pytest.raises(DRTError, match=r"\(short\.txt\) is too short: wanted 640 tokens, got 500"):
+    with pytest.raises(DRTError, match=r"\(short\.txt\) is too short: expected 640 tokens, got 500"):
         NeedleMix([text], byte_tokenizer).batch(0, stage(), seed=0)
 
 

@@ -199,19 +199,19 @@ def test_text_that_completes_every_needle_to_another_is_refused(make: Any) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"text": b"too short", "length": 200}, r"too short: wanted 200 tokens of text, got 9 \(9 bytes\)"),
-        ({"text": ""}, "too short: wanted 600 tokens of text, got 0"),
-        ({"length": 10}, "length 10 is too short for single: wanted at least 14 tokens"),
-        ({"task": "multikey", "length": 60}, "length 60 is too short for multikey: wanted at least 64"),
-        ({"task": "twohop"}, "unknown task 'twohop'; wanted one of single, multikey, multihop"),
-        ({"depth": 1.01}, r"depth: wanted 0\.\.1, got 1\.01"),
-        ({"depth": -0.5}, r"depth: wanted 0\.\.1, got -0\.5"),
-        ({"depth": float("nan")}, r"depth: wanted 0\.\.1, got nan"),
-        ({"seed": -1}, "seed: wanted a number that is not negative, got -1"),
-        ({"index": -2}, "index: wanted a number that is not negative, got -2"),
-        ({"needles": 0}, "needles: wanted at least 1, got 0"),
-        ({"hops": 0}, "hops: wanted at least 1, got 0"),
-        ({"chains": -3}, "chains: wanted at least 1, got -3"),
+        ({"text": b"too short", "length": 200}, r"too short: expected 200 tokens of text, got 9 \(9 bytes\)"),
+        ({"text": ""}, "too short: expected 600 tokens of text, got 0"),
+        ({"length": 10}, "length 10 is too short for single: expected at least 14 tokens"),
+        ({"task": "multikey", "length": 60}, "length 60 is too short for multikey: expected at least 64"),
+        ({"task": "twohop"}, "unknown task 'twohop'; expected one of single, multikey, multihop"),
+        ({"depth": 1.01}, r"depth: expected 0\.\.1, got 1\.01"),
+        ({"depth": -0.5}, r"depth: expected 0\.\.1, got -0\.5"),
+        ({"depth": float("nan")}, r"depth: expected 0\.\.1, got nan"),
+        ({"seed": -1}, "seed: expected a number that is not negative, got -1"),
+        ({"index": -2}, "index: expected a number that is not negative, got -2"),
+        ({"needles": 0}, "needles: expected at least 1, got 0"),
+        ({"hops": 0}, "hops: expected at least 1, got 0"),
+        ({"chains": -3}, "chains: expected at least 1, got -3"),
     ],
 )
 def test_mistakes_are_named(make: Any, changes: dict[str, Any], message: str) -> None:
@@ -253,5 +253,5 @@ def test_lengths_are_read(text: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("text", ["1Q", "", "0", "-1", "1.5K", "K", "1 K", "64KB", "0K", "1e6", "٣"])
 def test_what_is_no_length_is_refused(text: str) -> None:
-    with pytest.raises(DRTError, match="wanted a length such as 4096, 64K or 1M, got"):
+    with pytest.raises(DRTError, match="expected a length such as 4096, 64K or 1M, got"):
         parse_length(text)

@@ -316,9 +316,9 @@ def test_a_long_line_takes_little_more_memory_than_its_text(
 def test_settings_that_do_not_fit_are_refused(config: PrepareConfig, tmp_path: Path) -> None:
     with pytest.raises(DRTError, match="at least one source of text, got none"):
         replace(config, sources=[])
-    with pytest.raises(DRTError, match=r"wanted 0\.\.1 in all, got \(0\.6, 0\.6, 0\.0\)"):
+    with pytest.raises(DRTError, match=r"expected 0\.\.1 in all, got \(0\.6, 0\.6, 0\.0\)"):
         replace(config, validation_share=0.6, test_share=0.6)
-    with pytest.raises(DRTError, match="wanted one of train, validation, test, got 'dev'"):
+    with pytest.raises(DRTError, match="expected one of train, validation, test, got 'dev'"):
         replace(config, sources=[Source(path="x", split="dev")])
     with pytest.raises(DRTError, match="hold no document of at least 5000 tokens"):
         prepare_corpus(replace(config, min_tokens=5000, min_test_tokens=5000), tmp_path / "corpus")

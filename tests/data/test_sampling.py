@@ -69,7 +69,7 @@ def test_ranks_share_the_rows_of_a_step(corpus: Corpus) -> None:
         for world_size in (2, 4):
             shares = [sampler.rows(step, 4, rank, world_size) for rank in range(world_size)]
             assert np.array_equal(whole, np.concatenate(shares))
-    with pytest.raises(ValueError, match="wanted a multiple of the 3 ranks, got 4"):
+    with pytest.raises(ValueError, match="expected a multiple of the 3 ranks, got 4"):
         sampler.rows(0, 4, 0, 3)
 
 
@@ -78,5 +78,7 @@ def test_a_corpus_shorter_than_a_window_is_refused(
     corpus: Corpus, length: int, inside_documents: bool, found: int
 ) -> None:
     WindowSampler(corpus, length - 1, 0, inside_documents=inside_documents)
-    with pytest.raises(DRTError, match=rf"shorter than one sequence: wanted {length} tokens, .* has {found}"):
+    with pytest.raises(
+        DRTError, match=rf"shorter than one sequence: expected {length} tokens, .* has {found}"
+    ):
         WindowSampler(corpus, length, 0, inside_documents=inside_documents)

@@ -128,7 +128,7 @@ def test_directories_of_a_folder(folder: Path) -> None:
         Document("source/net", b"ex"),
         Document("source/net/core", b"why"),
     ]
-    with pytest.raises(DRTError, match="wanted files or directories, got 'dirs'"):
+    with pytest.raises(DRTError, match="expected files or directories, got 'dirs'"):
         read(folder, documents="dirs")
 
 
@@ -165,7 +165,7 @@ def test_a_data_set_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         ("a.jsonl", b'{"text": null}\n', r"a.jsonl:1: expected a text in the field 'text', got null"),
         ("a.jsonl", b'{"text": ["x"]}\n', r"a.jsonl:1: expected a text in the field 'text', got a list"),
         ("a.jsonl", b"[1]\n", r"a.jsonl:1: expected a JSON object, got a list"),
-        ("a.parquet", b"no table", "a.parquet: wanted a Parquet file"),
+        ("a.parquet", b"no table", "a.parquet: expected a Parquet file"),
         ("a.txt", b"\0", "a.txt is not UTF-8 text"),
     ],
 )
@@ -177,7 +177,7 @@ def test_damaged_sources_are_named(tmp_path: Path, name: str, content: bytes, me
 
 @pytest.mark.parametrize("path", ["nothing.jsonl", "hf:name", "hf:@train"])
 def test_missing_sources_are_named(path: str) -> None:
-    with pytest.raises(DRTError, match=f"{path}: (no such file or folder|wanted hf:NAME@SPLIT)"):
+    with pytest.raises(DRTError, match=f"{path}: (no such file or folder|expected hf:NAME@SPLIT)"):
         read(path)
 
 

@@ -59,9 +59,9 @@ def test_descriptions(trained: Any) -> None:
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(DRTError, match="wanted at least 258, got 257"):
+    with pytest.raises(DRTError, match="expected at least 258, got 257"):
         train_tokenizer(["text"], 257)
-    with pytest.raises(DRTError, match="wanted 300 entries, but the text makes only 2"):
+    with pytest.raises(DRTError, match="expected 300 entries, but the text makes only 2"):
         train_tokenizer(["text"], 300)
 
 
@@ -81,5 +81,5 @@ def test_all_of_them_pad_on_the_left(trained: Any, tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_beyond_memory_is_refused() -> None:
-    with pytest.raises(DRTError, match="vocab_size: wanted at most 1,048,576"):
+    with pytest.raises(DRTError, match="vocab_size: expected at most 1,048,576"):
         train_tokenizer(["a text"], 10**11)

@@ -78,7 +78,7 @@ def test_what_cannot_be_read_is_named(
     for path, message in (
         (tmp_path / "none.txt", "none.txt: no such file"),
         (tmp_path, r"is no corpus: it has no manifest\.json"),
-        (tmp_path / "short.txt", "wanted documents of at least 2 tokens, got none"),
+        (tmp_path / "short.txt", "expected documents of at least 2 tokens, got none"),
     ):
         with pytest.raises(DRTError, match=message):
             load_documents(path, tokenizer)

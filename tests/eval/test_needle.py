@@ -259,10 +259,10 @@ def test_records_of_another_task_are_refused(make_record: Callable[..., NeedleRe
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": ("single", "twohop")}, "wanted tasks of single, multikey, multihop, got twohop"),
-        ({"tasks": ()}, "wanted at least one task"),
-        ({"lengths": ()}, "wanted at least one task, one length"),
-        ({"samples": 0}, "and one sample"),
+        ({"tasks": ("single", "twohop")}, "expected tasks of single, multikey, multihop, got twohop"),
+        ({"tasks": ()}, "expected at least one task"),
+        ({"lengths": ()}, "expected at least one task, length"),
+        ({"samples": 0}, "length and sample"),
     ],
 )
 def test_a_plan_that_asks_nothing_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -278,7 +278,7 @@ def test_a_plan_names_each_sample_once_and_short_texts_first() -> None:
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (dataclasses.replace(PLAN, lengths=(170, 10**5)), "too short: wanted 100000 tokens"),
+        (dataclasses.replace(PLAN, lengths=(170, 10**5)), "too short: expected 100000 tokens"),
         (dataclasses.replace(PLAN, lengths=(170, 20)), "length 20 is too short for multihop"),
     ],
 )

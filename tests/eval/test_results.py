@@ -62,19 +62,19 @@ def test_the_fields_that_tables_and_other_programs_read(make_record: MakeRecord)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"length": "1024"}, "length: wanted int, got '1024'"),
-        ({"length": 1024.0}, r"length: wanted int, got 1024\.0"),
-        ({"length": True}, "length: wanted int, got True"),
-        ({"correct": 1}, "correct: wanted bool, got 1"),
-        ({"depth": None}, "depth: wanted float, got None"),
-        ({"depth": False}, "depth: wanted float, got False"),
-        ({"expected": 12345}, "expected: wanted str, got 12345"),
-        ({"peak_device_bytes": "0"}, r"peak_device_bytes: wanted int \| None"),
-        ({"haystack": "words"}, r"haystack: wanted list\[str\]"),
-        ({"haystack": [1]}, r"haystack: wanted list\[str\]"),
-        ({"settings": {"hops": 2.5}}, r"settings: wanted dict\[str, int\]"),
-        ({"settings": []}, r"settings: wanted dict\[str, int\]"),
-        ({"memory_dtype": 8}, r"memory_dtype: wanted str \| None"),
+        ({"length": "1024"}, "length: expected int, got '1024'"),
+        ({"length": 1024.0}, r"length: expected int, got 1024\.0"),
+        ({"length": True}, "length: expected int, got True"),
+        ({"correct": 1}, "correct: expected bool, got 1"),
+        ({"depth": None}, "depth: expected float, got None"),
+        ({"depth": False}, "depth: expected float, got False"),
+        ({"expected": 12345}, "expected: expected str, got 12345"),
+        ({"peak_device_bytes": "0"}, r"peak_device_bytes: expected int \| None"),
+        ({"haystack": "words"}, r"haystack: expected list\[str\]"),
+        ({"haystack": [1]}, r"haystack: expected list\[str\]"),
+        ({"settings": {"hops": 2.5}}, r"settings: expected dict\[str, int\]"),
+        ({"settings": []}, r"settings: expected dict\[str, int\]"),
+        ({"memory_dtype": 8}, r"memory_dtype: expected str \| None"),
     ],
 )
 def test_values_of_another_type_are_refused(
@@ -100,7 +100,7 @@ def test_records_of_an_earlier_release_are_read(make_record: MakeRecord) -> None
 
 @pytest.mark.parametrize("line", ["", "{", "[]", "3", "null"])
 def test_what_is_no_object_is_refused(line: str) -> None:
-    with pytest.raises(ValueError, match=r"Expecting|wanted a JSON object"):
+    with pytest.raises(ValueError, match=r"Expecting|expected a JSON object"):
         from_line(line)
 
 
@@ -155,7 +155,7 @@ def test_a_file_holds_any_mix_of_records(tmp_path: Path, make_record: MakeRecord
 def test_a_record_of_another_kind_is_refused(tmp_path: Path, make_record: MakeRecord) -> None:
     path = tmp_path / "records.jsonl"
     write(path, [make_record(), OTHERS[0]])
-    message = r"records.jsonl, line 2: wanted a NeedleRecord, got a PerplexityRecord \(perplexity\)"
+    message = r"records.jsonl, line 2: expected a NeedleRecord, got a PerplexityRecord \(perplexity\)"
     with pytest.raises(DRTError, match=message):
         read_records(path, NeedleRecord)
 
@@ -163,9 +163,9 @@ def test_a_record_of_another_kind_is_refused(tmp_path: Path, make_record: MakeRe
 @pytest.mark.parametrize(
     ("number", "changes", "message"),
     [
-        (0, {"losses": [1, "2"]}, r"losses: wanted list\[float\]"),
-        (0, {"tokens": [1.5]}, r"tokens: wanted list\[int\]"),
-        (1, {"scores": {"rouge1": None}}, r"scores: wanted dict\[str, float\]"),
+        (0, {"losses": [1, "2"]}, r"losses: expected list\[float\]"),
+        (0, {"tokens": [1.5]}, r"tokens: expected list\[int\]"),
+        (1, {"scores": {"rouge1": None}}, r"scores: expected dict\[str, float\]"),
         (2, {"stepz": 3}, r"fields of a TrainingRecord; missing \[\], unknown \['stepz'\]"),
     ],
 )
@@ -228,7 +228,7 @@ def test_to_append_to_nothing_begins_a_file(tmp_path: Path, make_record: MakeRec
 def test_a_line_that_is_no_record_is_named(tmp_path: Path, make_record: MakeRecord) -> None:
     path = tmp_path / "records.jsonl"
     path.write_text(f"{to_line(make_record())}\n{{}}\n{to_line(make_record())}\n")
-    with pytest.raises(DRTError, match=re.escape(f"{path}, line 2: not an evaluation record: wanted the")):
+    with pytest.raises(DRTError, match=re.escape(f"{path}, line 2: not an evaluation record: expected the")):
         read_records(path, NeedleRecord)
 
 
@@ -260,7 +260,7 @@ def test_values_that_cannot_be_are_refused(
 ) -> None:
     record = make_record() if other is None else OTHERS[other]
     assert from_line(to_line(record)) == record
-    with pytest.raises(ValueError, match="wanted"):
+    with pytest.raises(ValueError, match="expected"):
         from_line(json.dumps(json.loads(to_line(record)) | changes))
 
 
@@ -268,7 +268,7 @@ def test_values_that_cannot_be_are_refused(
     "line", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, '{"length": ' + "9" * 5000 + "}"]
 )
 def test_a_line_of_any_depth_or_size_is_refused(line: str) -> None:
-    with pytest.raises(ValueError, match=r"wanted|nested|digits"):
+    with pytest.raises(ValueError, match=r"expected|nested|digits"):
         from_line(line)
 
 

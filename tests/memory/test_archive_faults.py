@@ -285,7 +285,7 @@ def test_what_a_writer_refuses(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="the document one has not ended"):
             writer.begin_document("two")
         store.append(*offer(0))
-        with pytest.raises(ValueError, match="wanted the text of 4 chunks"):
+        with pytest.raises(ValueError, match="expected the text of 4 chunks"):
             writer.add_text(b"x", torch.tensor([1]).numpy())
         store.select_rows(torch.tensor([0, 0]))
         with pytest.raises(DRTError, match="has one row"):

@@ -107,7 +107,7 @@ def test_no_folder(refused: Callable[..., str], tmp_path: Path) -> None:
 
 def test_another_architecture(refused: Callable[..., str], folder: Path) -> None:
     change_config(folder, model_type="llama")
-    assert re.search(r"config\.json: wanted model_type drt, .*window.*, got 'llama'$", refused())
+    assert re.search(r"config\.json: expected model_type drt, .*window.*, got 'llama'$", refused())
     change_config(folder, model_type=["drt"])
     assert refused().endswith(", got ['drt']")
     for content in ("{}", "[]", "7"):
@@ -147,12 +147,12 @@ def test_a_configuration_that_makes_no_sense(
         ({"num_lower_layers": 10**6}, "num_lower_layers must be at most "),
         ({"num_upper_layers": 10**9}, "num_upper_layers must be at most "),
         ({"num_upper_layers": [1] * 10**5, "num_groups": None}, "num_upper_layers must be at most "),
-        ({"num_lower_layers": 1024}, "weights, wanted 1026 layers"),
+        ({"num_lower_layers": 1024}, "weights, expected 1026 layers"),
         ({"sliding_window": 10**12}, "sliding_window must be at most "),
         ({"retrieval_top_k": 10**9}, "retrieval_top_k must be at most "),
         ({"chunk_size": 10**9}, "chunk_size must be at most "),
         ({"num_labels": 10**10}, "num_labels must be at most "),
-        ({"vocab_size": 2**24}, f"model.embed_tokens.weight is (259, 16), wanted ({2**24}, 16)"),
+        ({"vocab_size": 2**24}, f"model.embed_tokens.weight is (259, 16), expected ({2**24}, 16)"),
         ({"rope_theta": float("nan")}, "rope_theta must be at least "),
         ({"initializer_range": 1e300}, "initializer_range must be at most "),
         ({"pad_token_id": 10**12}, "pad_token_id must lie in "),
@@ -305,7 +305,7 @@ def test_weights_that_do_not_fit(refused: Callable[..., str], folder: Path) -> N
     change_weights(folder, lambda weights: weights.pop("model.norm.weight"))
     assert f"the weights in {folder} do not fit its config.json: missing model.norm.weight" in refused()
     change_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(17)}))
-    assert "model.norm.weight is (17,), wanted (16,)" in refused()
+    assert "model.norm.weight is (17,), expected (16,)" in refused()
     change_weights(
         folder, lambda weights: weights.update({"model.norm.weight": torch.ones(16), "more": torch.ones(1)})
     )
@@ -316,7 +316,7 @@ def test_a_configuration_of_other_sizes(refused: Callable[..., str], folder: Pat
     change_config(folder, num_lower_layers=2)
     assert re.search(r"missing model\.lower_layers\.1\..*; \.\.\.$", refused()), "five are named, then dots"
     change_config(folder, num_lower_layers=1, intermediate_size=24)
-    assert "is (16, 16), wanted (24, 16)" in refused()
+    assert "is (16, 16), expected (24, 16)" in refused()
     change_config(folder, intermediate_size=16, retrieval=False)
     assert "unknown model.chunk_" in refused()
 

@@ -104,7 +104,7 @@ def test_nothing_to_draw_is_refused() -> None:
     for function in (plot_loss_by_position, plot_cost):
         with pytest.raises(ValueError, match="at least one model to draw, got none"):
             function({})
-    with pytest.raises(ValueError, match="wanted a reference of drt, got 'x'"):
+    with pytest.raises(ValueError, match="expected a reference of drt, got 'x'"):
         plot_loss_by_position({"drt": [document("drt", [3], [256])]}, "x")
 
 

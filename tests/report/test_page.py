@@ -130,7 +130,7 @@ def test_names_are_text_and_nothing_else(
 def test_what_cannot_be_reported(tmp_path: Path, perplexity: MakePerplexity) -> None:
     with pytest.raises(DRTError, match="at least one record"):
         build_page([])
-    with pytest.raises(DRTError, match="reference: wanted one of drt, got 'x'"):
+    with pytest.raises(DRTError, match="reference: expected one of drt, got 'x'"):
         build_page(perplexity("drt", 1.0), reference="x")
     (tmp_path / "file").write_text("")
     with pytest.raises(DRTError, match="file: expected a folder"):

@@ -187,10 +187,10 @@ def test_baselines_train_by_name_and_tell_what_of_the_peak_they_reach(
 
 
 def test_models_must_be_known(make_config: MakeConfig) -> None:
-    with pytest.raises(DRTError, match=r"model\.model_type: wanted drt or a baseline's, got 'dart'"):
+    with pytest.raises(DRTError, match=r"model\.model_type: expected drt or a baseline's, got 'dart'"):
         build_model(make_config(model={"model_type": "dart"}))
     with pytest.raises(
-        DRTError, match=r"unknown key model\.chunk_size; wanted a field of WindowConfig: .*hidden_size"
+        DRTError, match=r"unknown key model\.chunk_size; expected a field of WindowConfig: .*hidden_size"
     ):
         build_model(make_config(model={"model_type": "window", "chunk_size": 3}))
 
@@ -245,22 +245,25 @@ def test_corpora_shorter_than_a_row_are_refused(run: Run, make_config: MakeConfi
     longest = int(open_corpus(corpus, "train").document_lengths.max())
     length = longest + 1
     data = CorpusConfig(corpus=str(corpus), sequence_length=length, inside_documents=True)
-    with pytest.raises(DRTError, match=rf"shorter than one sequence: wanted {length} tokens, .* {longest}"):
+    with pytest.raises(DRTError, match=rf"shorter than one sequence: expected {length} tokens, .* {longest}"):
         run(make_config(data=data, tokens_per_step=length, rows_per_pass=1))
     held_out = open_corpus(corpus, "validation").num_tokens
     data = CorpusConfig(corpus=str(corpus), sequence_length=held_out + 1)
-    with pytest.raises(DRTError, match=rf"validation: shorter than one sequence: wanted {held_out + 1}"):
+    with pytest.raises(DRTError, match=rf"validation: shorter than one sequence: expected {held_out + 1}"):
         run(make_config("other", data=data, tokens_per_step=held_out + 1, rows_per_pass=1))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens_per_step": 100}, "wanted a multiple of data.sequence_length = 64, got 100"),
-        ({"rows_per_pass": 0}, "rows_per_pass: wanted at least 1, got 0"),
-        ({"sharding": "zero"}, "wanted none or fsdp, got 'zero'"),
-        ({"data": {"corpus": "x", "sequence_length": 1}}, "sequence_length: wanted at least 2, got 1"),
-        ({"task": "poetry"}, "task: wanted needles, language_model, summarization, got 'poetry'"),
+        ({"tokens_per_step": 100}, "expected a multiple of data.sequence_length = 64, got 100"),
+        ({"rows_per_pass": 0}, "rows_per_pass: expected at least 1, got 0"),
+        ({"sharding": "zero"}, "expected none or fsdp, got 'zero'"),
+        ({"data": {"corpus": "x", "sequence_length": 1}}, "sequence_length: expected at least 2, got 1"),
+        (
+            {"task": "poetry"},
+            "task: expected needles, language_model, summarization, retrieval, got 'poetry'",
+        ),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(tmp_path: Path, changes: dict, message: str) -> None:
@@ -284,5 +287,5 @@ def test_rows_are_shared_evenly_or_not_at_all(make_config: MakeConfig) -> None:
     assert [config.passes_per_step(size) for size in (1, 2)] == [2, 1]
     with pytest.raises(DRTError, match="as many rows for each of 3 processes, got 4 rows of 64 tokens"):
         config.passes_per_step(3)
-    with pytest.raises(DRTError, match="wanted a divisor of the 1 rows a process has in a step, got 2"):
+    with pytest.raises(DRTError, match="expected a divisor of the 1 rows of a process per step, got 2"):
         config.passes_per_step(4)

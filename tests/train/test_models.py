@@ -163,16 +163,16 @@ def test_checkpoints_that_cannot_be_read_are_named(
     (start / "model.safetensors").rename(tmp_path / "weights")
     assert "the weights in" in refused(start)
     (start / "config.json").write_text("{}")
-    assert "wanted model_type" in refused(start)
+    assert "expected model_type" in refused(start)
 
 
 def test_rows_are_counted_in_chunks_of_the_model(start: Path, make_config: MakeConfig) -> None:
-    with pytest.raises(DRTError, match=r"chunk_size: wanted the model's 15, got 16"):
+    with pytest.raises(DRTError, match=r"chunk_size: expected the model's 15, got 16"):
         run(make_config(init_from=str(start), model={}, chunk_size=16))
-    with pytest.raises(ValueError, match=r"chunk_size: wanted model\.chunk_size = 15, got 16"):
+    with pytest.raises(ValueError, match=r"chunk_size: expected model\.chunk_size = 15, got 16"):
         make_config(chunk_size=16)
     with pytest.raises(
-        ValueError, match=r"chunk_size, model\.chunk_size: wanted a whole number >= 1, got None"
+        ValueError, match=r"chunk_size, model\.chunk_size: expected a whole number >= 1, got None"
     ):
         make_config(model={"model_type": "window"})
 

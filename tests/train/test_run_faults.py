@@ -114,7 +114,7 @@ def test_a_start_that_failed_locks_no_folder(run: Run, make_config: MakeConfig) 
 
 def test_an_unwritable_output_folder_is_refused(run: Run, make_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DRTError, match="wanted a folder that can be written"):
+    with pytest.raises(DRTError, match="expected a folder that can be written"):
         run(make_config("file/run"))
 
 

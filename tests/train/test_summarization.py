@@ -201,7 +201,7 @@ def test_data_that_cannot_be_trained_on_is_named(
     assert "nothing.jsonl: cannot be read" in refused(validation=str(tmp_path / "nothing.jsonl"))
     (tmp_path / "long.jsonl").write_text(json.dumps({"article": "a", "highlights": "b" * 60}))
     assert (
-        "long.jsonl, line 1: wanted a summary of at most 51 tokens, for a row of data.sequence_length = 64; it has 60"
+        "long.jsonl, line 1: expected a summary of at most 51 tokens, for a row of data.sequence_length = 64; it has 60"
     ) in refused(train=str(tmp_path / "long.jsonl"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=_letters())
     tokenizer.save_pretrained(start)
@@ -218,11 +218,11 @@ def _letters() -> Any:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"init_from": None}, "init_from: wanted the checkpoint to fine-tune, got nothing"),
-        ({"tokens_per_step": 100}, "wanted a multiple of data.sequence_length = 64, got 100"),
+        ({"init_from": None}, "init_from: expected the checkpoint to fine-tune, got nothing"),
+        ({"tokens_per_step": 100}, "expected a multiple of data.sequence_length = 64, got 100"),
         (
             {"data": {"train": "x", "validation": "x", "sequence_length": 8}},
-            "sequence_length: wanted at least 16",
+            "sequence_length: expected at least 16",
         ),
         ({"data": {"train": "x", "sequence_length": 64}}, "the key data.validation is missing"),
     ],

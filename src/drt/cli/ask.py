@@ -116,7 +116,7 @@ def check_questions(questions: Sequence[str]) -> None:
     """
     for question in questions:
         if not question:
-            raise DRTError("a question is empty; wanted at least one character")
+            raise DRTError("a question is empty; expected at least one character")
         try:
             question.encode()
         except UnicodeEncodeError as error:

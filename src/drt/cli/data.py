@@ -117,7 +117,7 @@ def tokenizer(
     from drt.errors import DRTError
 
     if not sources:
-        raise DRTError("wanted at least one source of text, got none")
+        raise DRTError("expected at least one source of text, got none")
     console = PlainConsole(stderr=True)
     with console.status("reading") as status:
         listed = [Source(path=path, text_field=text_field, documents=documents) for path in sources]

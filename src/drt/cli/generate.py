@@ -135,10 +135,10 @@ def sampling_options(
     top_p = 1.0 if top_p is None else top_p
     if not temperature > 0:
         raise DRTError(
-            f"--temperature: wanted a number above 0, got {temperature}; --greedy is its limit at 0"
+            f"--temperature: expected a number above 0, got {temperature}; --greedy is its limit at 0"
         )
     if not 0 < top_p <= 1:
-        raise DRTError(f"--top-p: wanted a probability in (0, 1], got {top_p}")
+        raise DRTError(f"--top-p: expected a probability in (0, 1], got {top_p}")
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
 
@@ -151,7 +151,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> bytes:
     from drt.data.text_files import check_text, read_text
 
     if (prompt is None) == (file is None):
-        raise DRTError("wanted either a PROMPT or --file FILE; see drt generate --help")
+        raise DRTError("expected either a PROMPT or --file FILE; see drt generate --help")
     if file is not None and str(file) != "-":
         return read_text(file)
     text = sys.stdin.buffer.read() if prompt is None else prompt.encode("utf-8", errors="surrogateescape")

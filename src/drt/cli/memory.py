@@ -81,7 +81,7 @@ def build(
 
     tokens_a_pass = parse_length("--segment-size", segment_size)
     if dtype not in DTYPES:
-        raise DRTError(f"--dtype: wanted {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {dtype!r}")
+        raise DRTError(f"--dtype: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {dtype!r}")
     loaded = load_checkpoint(checkpoint, device)
     description = describe_archive(
         loaded.model, loaded.tokenizer, model_name=loaded.name, dtype=dtype, segment_size=tokens_a_pass

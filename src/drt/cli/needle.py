@@ -139,7 +139,7 @@ def needle(
             chains=chains,
         )
     if plot.suffix not in FIGURES:
-        raise DRTError(f"--plot {plot}: wanted a file name that ends in {', '.join(FIGURES)}")
+        raise DRTError(f"--plot {plot}: expected a file name that ends in {', '.join(FIGURES)}")
     check_outputs({"--json": json, "--plot": plot}, haystack or ())
     if threads:
         torch.set_num_threads(threads)

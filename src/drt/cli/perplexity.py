@@ -283,7 +283,7 @@ def show(records: Sequence[EvaluationRecord], settings: _Settings, reference: st
 
     models = group_seeds([record for record in records if isinstance(record, PerplexityRecord)])
     if reference is not None and reference not in models:
-        raise DRTError(f"--reference: wanted one of {', '.join(models)}, got {reference!r}")
+        raise DRTError(f"--reference: expected one of {', '.join(models)}, got {reference!r}")
     tables: list[Table] = [perplexity_table(_data_name(settings), models, settings.positions)]
     if len(models) > 1:
         tables.append(difference_table(_data_name(settings), models, reference))

@@ -45,7 +45,7 @@ def report(
     for path in records:
         inside = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not inside:
-            raise DRTError(f"{path}: wanted a folder with files of records (*.jsonl), got none")
+            raise DRTError(f"{path}: expected a folder with files of records (*.jsonl), got none")
         files += inside
     found = [record for file in files for record in read_records(file, EvaluationRecord)]
     blocks = build_page(found, reference=reference, positions=positions)

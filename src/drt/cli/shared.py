@@ -49,7 +49,7 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise DRTError(f"--device: wanted auto, cpu, cuda or cuda:N, got {name!r}")
+        raise DRTError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DRTError(f"--device: got {name}, but PyTorch sees {torch.cuda.device_count()} GPUs here")
     return device
@@ -65,7 +65,7 @@ def choose_dtype(name: str | None) -> torch.dtype | None:
 
     dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     if name not in dtypes:
-        raise DRTError(f"--dtype: wanted float32 or bfloat16, got {name!r}")
+        raise DRTError(f"--dtype: expected float32 or bfloat16, got {name!r}")
     return dtypes[name]
 
 
@@ -119,7 +119,7 @@ def open_archive(folder: Path, loaded: LoadedModel, search: str) -> Archive:
     from drt.memory.archive import SEARCHES, Archive
 
     if search not in SEARCHES:
-        raise DRTError(f"--search: wanted {', '.join(SEARCHES[:-1])} or {SEARCHES[-1]}, got {search!r}")
+        raise DRTError(f"--search: expected {', '.join(SEARCHES[:-1])} or {SEARCHES[-1]}, got {search!r}")
     archive = Archive.open(folder)
     archive.search = search
     check_maker(loaded, archive)
@@ -158,7 +158,7 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path] = (
             raise DRTError(f"{option} {path}: expected a file apart from what is read, got one of it")
         other = taken.setdefault(target, option)
         if other != option:
-            raise DRTError(f"{option} {path}: wanted a file of its own, got that of {other}")
+            raise DRTError(f"{option} {path}: expected a file of its own, got that of {other}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             check_output(path)

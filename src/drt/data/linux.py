@@ -54,7 +54,7 @@ def _fetch(output: Path, on_file: Callable[[str], None]) -> dict[str, Any]:
     with new_folder(output / SOURCE) as temporary:
         files, size = _unpack(package, temporary, on_file)
         if not files:
-            raise DRTError(f"{package}: wanted a package with the source code of Linux, got no C file")
+            raise DRTError(f"{package}: expected a package with the source code of Linux, got no C file")
     with package.open("rb") as opened:
         checksum = hashlib.file_digest(opened, "sha256").hexdigest()
     manifest = {

@@ -90,19 +90,21 @@ class NeedleMixConfig:
     def __post_init__(self) -> None:
         for name, least in (("rows", 1), ("row_length", 64), ("chunk_size", 1), ("spare_needles", 0)):
             _require(
-                getattr(self, name) >= least, f"{name}: wanted at least {least}, got {getattr(self, name)}"
+                getattr(self, name) >= least, f"{name}: expected at least {least}, got {getattr(self, name)}"
             )
         for name in ("dense_share", "chain_share", "hard_name_rate", "decoy_rate", "border_rate"):
-            _require(0 <= getattr(self, name) <= 1, f"{name}: wanted 0..1, got {getattr(self, name)}")
-        _require(self.lookalike_rate >= 0, f"lookalike_rate: wanted at least 0, got {self.lookalike_rate}")
+            _require(0 <= getattr(self, name) <= 1, f"{name}: expected 0..1, got {getattr(self, name)}")
+        _require(self.lookalike_rate >= 0, f"lookalike_rate: expected at least 0, got {self.lookalike_rate}")
         for name in ("question_rate", "needles_per_question"):
-            _require(getattr(self, name) > 0, f"{name}: wanted a positive number, got {getattr(self, name)}")
+            _require(
+                getattr(self, name) > 0, f"{name}: expected a positive number, got {getattr(self, name)}"
+            )
         _require(
             1 <= self.min_hops <= self.max_hops,
-            f"min_hops, max_hops: wanted 1 <= min_hops <= max_hops, got {self.min_hops}, {self.max_hops}",
+            f"min_hops, max_hops: expected 1 <= min_hops <= max_hops, got {self.min_hops}, {self.max_hops}",
         )
         for name in ("min_distance", "text_positions"):
-            _require(getattr(self, name) >= 0, f"{name}: wanted at least 0, got {getattr(self, name)}")
+            _require(getattr(self, name) >= 0, f"{name}: expected at least 0, got {getattr(self, name)}")
 
 
 class MixBatch(NamedTuple):
@@ -139,12 +141,12 @@ class NeedleMix:
     def __init__(
         self, sources: Sequence[Haystack], tokenizer: Tokenizer, weights: Sequence[float] | None = None
     ) -> None:
-        _require(bool(sources), "wanted at least one source of text, got none")
+        _require(bool(sources), "expected at least one source of text, got none")
         self._codec = TextCodec(tokenizer)
         self._sources = [(source.names, _narrow(self._codec.encode(source.text))) for source in sources]
         shares = np.array([len(ids) for _, ids in self._sources] if weights is None else weights, np.float64)
         fits = shares.shape == (len(sources),) and bool((shares >= 0).all()) and shares.sum() > 0
-        _require(fits, f"weights: wanted one for each of {len(sources)} sources, not all 0, got {weights}")
+        _require(fits, f"weights: expected one for each of {len(sources)} sources, not all 0, got {weights}")
         self._shares = shares / shares.sum()
         self._lookalikes = LookAlikes([source.text for source in sources])
 
@@ -197,7 +199,7 @@ class NeedleMix:
         if len(ids) < length:
             raise DRTError(
                 f"a text of the mix ({', '.join(names) or 'unnamed'}) is too short: "
-                f"wanted {length} tokens, got {len(ids)}"
+                f"expected {length} tokens, got {len(ids)}"
             )
         start = int(rng.integers(len(ids) - length + 1))
         return ids[start : start + length].astype(np.int32)

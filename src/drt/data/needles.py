@@ -137,21 +137,21 @@ def parse_length(text: str) -> int:
     """
     match = re.fullmatch(r"0*([1-9][0-9]{0,14})([KM]?)", text.strip())
     if match is None:
-        raise DRTError(f"wanted a length such as 4096, 64K or 1M, got {text!r}")
+        raise DRTError(f"expected a length such as 4096, 64K or 1M, got {text!r}")
     return int(match[1]) * _UNITS[match[2]]
 
 
 def _check(task: str, depth: float, counts: dict[str, int], numbers: dict[str, int]) -> None:
     if task not in TASKS:
-        raise DRTError(f"unknown task {task!r}; wanted one of {', '.join(TASKS)}")
+        raise DRTError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
     if not 0 <= depth <= 1:
-        raise DRTError(f"depth: wanted 0..1, got {depth}")
+        raise DRTError(f"depth: expected 0..1, got {depth}")
     for name, value in counts.items():
         if value < 1:
-            raise DRTError(f"{name}: wanted at least 1, got {value}")
+            raise DRTError(f"{name}: expected at least 1, got {value}")
     for name, value in numbers.items():
         if value < 0:
-            raise DRTError(f"{name}: wanted a number that is not negative, got {value}")
+            raise DRTError(f"{name}: expected a number that is not negative, got {value}")
 
 
 def _hide(
@@ -179,7 +179,7 @@ def _lay_out(
     question = codec.encode(asked.question)
     room = length - len(question) - sum(map(len, pieces))
     if room < 0:
-        raise DRTError(f"length {length} is too short for {task}: wanted at least {length - room} tokens")
+        raise DRTError(f"length {length} is too short for {task}: expected at least {length - room} tokens")
     gaps = _place(pieces, room, round(depth * (length - len(question) - len(pieces[0]))), rng)
 
     parts: list[TokenIds] = []

@@ -61,13 +61,13 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise DRTError("wanted at least one source of text, got none")
+            raise DRTError("expected at least one source of text, got none")
         for source in self.sources:
             if source.split is not None and source.split not in SPLITS:
-                raise DRTError(f"split: wanted one of {', '.join(SPLITS)}, got {source.split!r}")
+                raise DRTError(f"split: expected one of {', '.join(SPLITS)}, got {source.split!r}")
         shares = (self.validation_share, self.test_share, self.train_share or 0.0)
         if not (all(share >= 0 for share in shares) and sum(shares) <= 1):  # NaN is neither
-            raise DRTError(f"shares of validation, test and train: wanted 0..1 in all, got {shares}")
+            raise DRTError(f"shares of validation, test and train: expected 0..1 in all, got {shares}")
 
 
 @dataclass(frozen=True)

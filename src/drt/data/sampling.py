@@ -43,7 +43,7 @@ class WindowSampler:
             what = "its longest document has" if inside_documents else "it has"
             found = int(lengths.max(initial=0)) if inside_documents else corpus.num_tokens
             raise DRTError(
-                f"{corpus.manifest.folder}, {corpus.split}: shorter than one sequence: wanted {length} tokens, "
+                f"{corpus.manifest.folder}, {corpus.split}: shorter than one sequence: expected {length} tokens, "
                 f"{what} {found}"
             )
         self._epoch = -1
@@ -68,7 +68,7 @@ class WindowSampler:
         """
         share, rest = divmod(rows, world_size)
         if rest:
-            raise ValueError(f"rows: wanted a multiple of the {world_size} ranks, got {rows}")
+            raise ValueError(f"rows: expected a multiple of the {world_size} ranks, got {rows}")
         first = step * rows + rank * share
         return np.stack([self[number] for number in range(first, first + share)])
 

@@ -43,7 +43,7 @@ class Source:
 
     def __post_init__(self) -> None:
         if self.documents not in (FILES, DIRECTORIES):
-            raise DRTError(f"documents: wanted {FILES} or {DIRECTORIES}, got {self.documents!r}")
+            raise DRTError(f"documents: expected {FILES} or {DIRECTORIES}, got {self.documents!r}")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _reader(source: Source) -> Iterator[Document]:
     path = Path(source.path)
     if not path.exists():
         raise DRTError(
-            f"{path}: no such file or folder; wanted a text, JSON lines, Parquet, or {HUB}NAME@SPLIT"
+            f"{path}: no such file or folder; expected a text, JSON lines, Parquet, or {HUB}NAME@SPLIT"
         )
     if path.is_dir():
         return _read_folder(path, source)
@@ -153,7 +153,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
                 number += 1
                 yield _from_row(row, text_field, f"{path}:{number}")
     except (OSError, pyarrow.ArrowException) as error:
-        raise DRTError(f"{path}: wanted a Parquet file: {error}") from error
+        raise DRTError(f"{path}: expected a Parquet file: {error}") from error
 
 
 def _read_hub(source: Source) -> Iterator[Document]:
@@ -162,7 +162,7 @@ def _read_hub(source: Source) -> Iterator[Document]:
     address, separator, split = source.path.removeprefix(HUB).partition("@")
     name, _, configuration = address.partition(":")
     if not separator or not name or not split:
-        raise DRTError(f"{source.path}: wanted {HUB}NAME@SPLIT or {HUB}NAME:CONFIGURATION@SPLIT")
+        raise DRTError(f"{source.path}: expected {HUB}NAME@SPLIT or {HUB}NAME:CONFIGURATION@SPLIT")
     try:
         rows = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
         for number, row in enumerate(rows, 1):

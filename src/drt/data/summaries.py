@@ -46,7 +46,7 @@ def read_pairs(
             raise DRTError(f"{where}: expected texts that are not empty")
         pairs.append(SummaryPair(document, summary))
     if not pairs:
-        raise DRTError(f"{path}: wanted documents with summaries, got an empty file")
+        raise DRTError(f"{path}: expected documents with summaries, got an empty file")
     return pairs
 
 
@@ -87,7 +87,7 @@ def summary_batch(
         ValueError: no pairs, or a summary that leaves no room for its document.
     """
     if not pairs:
-        raise ValueError("wanted at least one pair, got none")
+        raise ValueError("expected at least one pair, got none")
     answers = [np.append(codec.encode(pair.summary), np.int32(end)) for pair in pairs]
     prompts = [
         summary_prompt(pair, codec, longest - len(answer))

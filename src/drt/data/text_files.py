@@ -135,7 +135,7 @@ def folder_texts(folder: Path, read: Callable[[Path], T]) -> Iterator[tuple[Path
 
     Args:
         folder: to look into.
-        read: gives what is wanted of a file, such as `read_text`.
+        read: gives what is required of a file, such as `read_text`.
 
     Returns:
         Each file with what `read` gave.

@@ -40,7 +40,7 @@ class TokenStream:
         self._is_bytes = TextCodec(tokenizer).is_bytes
         if not self._is_bytes and not getattr(tokenizer, "is_fast", False):
             raise DRTError(
-                f"{type(tokenizer).__name__} cannot say where a token ends; wanted a fast tokenizer or one of bytes"
+                f"{type(tokenizer).__name__} cannot say where a token ends; expected a fast tokenizer or one of bytes"
             )
 
     def pieces(self, skip_tokens: int = 0, skip_bytes: int = 0) -> Iterator[TokenPiece]:

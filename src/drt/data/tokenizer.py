@@ -132,9 +132,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
     least = 256 + 2
     if vocab_size < least:
-        raise DRTError(f"vocab_size: wanted at least {least}, got {vocab_size}")
+        raise DRTError(f"vocab_size: expected at least {least}, got {vocab_size}")
     if vocab_size > _LARGEST_VOCABULARY:
-        raise DRTError(f"vocab_size: wanted at most {_LARGEST_VOCABULARY:,}, got {vocab_size:,}")
+        raise DRTError(f"vocab_size: expected at most {_LARGEST_VOCABULARY:,}, got {vocab_size:,}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -147,7 +147,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     tokenizer.train_from_iterator(texts, trainer)
     found = tokenizer.get_vocab_size()
     if found < vocab_size:
-        raise DRTError(f"vocab_size: wanted {vocab_size} entries, but the text makes only {found}")
+        raise DRTError(f"vocab_size: expected {vocab_size} entries, but the text makes only {found}")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

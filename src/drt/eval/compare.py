@@ -60,7 +60,7 @@ def compare_bits_per_byte(
     if mine.keys() != theirs.keys() or not mine:
         names = sorted(f"{key[1]} ({key[3]} tokens)" for key in mine.keys() ^ theirs.keys())
         raise DRTError(
-            f"the models cannot be compared: wanted records of the same documents, got {len(mine)} and "
+            f"the models cannot be compared: expected records of the same documents, got {len(mine)} and "
             f"{len(theirs)} documents; only one has {', '.join(names[:3]) or 'any'}{', ...' if names[3:] else ''}"
         )
     pairs = np.array([(mine[key] - theirs[key], key[4]) for key in sorted(mine)])
@@ -82,7 +82,7 @@ def _mean_losses(records: Sequence[PerplexityRecord]) -> dict[_Key, float]:
     partly = [key[1] for key, found in losses.items() if len(found) != checkpoints]
     if partly:
         raise DRTError(
-            f"wanted one record of each document from each of {checkpoints} checkpoints, "
+            f"expected one record of each document from each of {checkpoints} checkpoints, "
             f"got another number of {partly[0]}"
         )
     return {key: sum(found) / len(found) for key, found in losses.items()}

@@ -70,7 +70,7 @@ def load_documents(
     else:
         documents = list(_read_texts(data, tokenizer, max(shortest, 2), longest, count))
     if not documents:
-        raise DRTError(f"{path}: wanted documents of at least {max(shortest, 2)} tokens, got none")
+        raise DRTError(f"{path}: expected documents of at least {max(shortest, 2)} tokens, got none")
     return documents
 
 

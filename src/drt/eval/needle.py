@@ -53,10 +53,10 @@ class NeedlePlan:
     def __post_init__(self) -> None:
         unknown = [task for task in self.tasks if task not in TASKS]
         if unknown:
-            raise DRTError(f"wanted tasks of {', '.join(TASKS)}, got {', '.join(unknown)}")
+            raise DRTError(f"expected tasks of {', '.join(TASKS)}, got {', '.join(unknown)}")
         if not self.tasks or not self.lengths or self.samples < 1:
             raise DRTError(
-                f"wanted at least one task, one length and one sample, got {self.tasks}, {self.lengths}, {self.samples}"
+                f"expected at least one task, length and sample, got {self.tasks}, {self.lengths}, {self.samples}"
             )
 
     def depth(self, index: int) -> float:
@@ -170,7 +170,7 @@ def _cache_maker(model: PreTrainedModel, memory_dtype: str | None) -> Callable[[
             f"a memory in {memory_dtype} is a DRT model's; {type(model).__name__} has no chunk memory"
         )
     if memory_dtype not in DTYPES:
-        raise DRTError(f"memory_dtype: wanted one of {', '.join(DTYPES)}, got {memory_dtype!r}")
+        raise DRTError(f"memory_dtype: expected one of {', '.join(DTYPES)}, got {memory_dtype!r}")
     config = model.config
     return lambda: DRTCache(config, DeviceStore(dtype=memory_dtype))
 

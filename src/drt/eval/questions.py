@@ -53,7 +53,7 @@ def ask(
         DRTError: no question, an empty one, or an archive of another model.
     """
     if not questions or not all(questions):
-        raise DRTError("a question is empty; wanted at least one character")
+        raise DRTError("a question is empty; expected at least one character")
     codec = TextCodec(tokenizer)
     prompts = [codec.encode(question) for question in questions]
     cache = DRTCache.open(archive, model)

@@ -83,7 +83,7 @@ class NeedleRecord(EvaluationRecord):
         """A text has a length, a needle lies in it, and reading takes time."""
         if not (self.length > 0 and 0 <= self.depth <= 1 and self.prefill_seconds > 0):
             raise ValueError(
-                f"wanted length > 0, depth in 0..1 and prefill_seconds > 0, "
+                f"expected length > 0, depth in 0..1 and prefill_seconds > 0, "
                 f"got {self.length}, {self.depth}, {self.prefill_seconds}"
             )
 
@@ -129,10 +129,10 @@ class PerplexityRecord(EvaluationRecord):
         ascending = all(first < second for first, second in pairwise([0, *self.positions]))
         if counts != {len(self.positions) or None} or not ascending or self.positions[-1] < self.length:
             raise ValueError(
-                "wanted buckets that end at ascending positions, the last at the length or beyond"
+                "expected buckets that end at ascending positions, the last at the length or beyond"
             )
         if not sum(self.tokens):
-            raise ValueError("tokens: wanted at least one that was predicted, got none")
+            raise ValueError("tokens: expected at least one that was predicted, got none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,18 +275,18 @@ def from_line(line: str) -> EvaluationRecord:
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(values, dict):
-        raise ValueError(f"wanted a JSON object, got {type(values).__name__}")
+        raise ValueError(f"expected a JSON object, got {type(values).__name__}")
     kind = max(KINDS, key=lambda kind: len(_fields(kind).keys() & values.keys()))
     fields = _fields(kind)
     optional = {field.name for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}
     missing, unknown = fields.keys() - values.keys() - optional, values.keys() - fields.keys()
     if missing or unknown:
         raise ValueError(
-            f"wanted the fields of a {kind.__name__}; missing {sorted(missing)}, unknown {sorted(unknown)}"
+            f"expected the fields of a {kind.__name__}; missing {sorted(missing)}, unknown {sorted(unknown)}"
         )
     for name, value in values.items():
         if not _fits(value, fields[name]):
-            raise ValueError(f"{name}: wanted {fields[name]}, got {value!r}")
+            raise ValueError(f"{name}: expected {fields[name]}, got {value!r}")
     record = kind(**values)
     record.check()
     return record
@@ -331,7 +331,7 @@ def read_records(path: Path | str, kind: type[RecordT]) -> list[RecordT]:
             raise DRTError(f"{path}, line {number}: not an evaluation record: {error}") from error
         if not isinstance(record, kind):
             raise DRTError(
-                f"{path}, line {number}: wanted a {kind.__name__}, got a {type(record).__name__} ({record.task})"
+                f"{path}, line {number}: expected a {kind.__name__}, got a {type(record).__name__} ({record.task})"
             )
         records.append(record)
     return records

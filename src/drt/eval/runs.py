@@ -28,14 +28,14 @@ def find_runs(folder: Path | str, pattern: str = "*") -> dict[str, Path]:
         DRTError: no such folder, or no finished run of such a name in it.
     """
     if not Path(folder).is_dir():
-        raise DRTError(f"{folder}: no such folder; wanted one with training runs in it")
+        raise DRTError(f"{folder}: no such folder; expected one with training runs in it")
     runs = sorted(
         path for path in Path(folder).iterdir() if fnmatchcase(path.name, pattern) and path.is_dir()
     )
     finished = {path.name: path / FINAL_FOLDER for path in runs if (path / FINAL_FOLDER).is_dir()}
     if not finished:
         raise DRTError(
-            f"{folder}: wanted finished runs (folders {pattern} that hold {FINAL_FOLDER}), "
+            f"{folder}: expected finished runs (folders {pattern} that hold {FINAL_FOLDER}), "
             f"got {len(runs)} folders of such a name and none finished"
         )
     return finished
@@ -90,7 +90,7 @@ def training_record(checkpoint: Path, name: str) -> TrainingRecord | None:
             seconds=float(training["wall_seconds"]),
         )
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise DRTError(f"{path}: wanted the record of a training: {error!r}") from error
+        raise DRTError(f"{path}: expected the record of a training: {error!r}") from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -224,7 +224,7 @@ class Archive:
         return ChunkSource(document, start, stop, text)
 
     def text(self, document: Document, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of a document; a few megabytes at a time are wanted.
+        """Bytes [start, stop) of a document; a few megabytes at a time are required.
 
         Raises:
             DRTError: they are damaged.
@@ -377,7 +377,7 @@ def read_journal(path: Path, point: Point, verify: bool) -> list[Segment]:
     except (ValueError, RecursionError) as error:
         raise DRTError(f"{path} is damaged: {error}") from error
     if len(segments) != point.segments:
-        raise DRTError(f"{path} is damaged: wanted {point.segments} segments, got {len(segments)}")
+        raise DRTError(f"{path} is damaged: expected {point.segments} segments, got {len(segments)}")
     for name in ("chunks", "tokens", "text_bytes"):
         count = sum(getattr(segment, name) for segment in segments)
         if count != getattr(point, name):

@@ -220,7 +220,7 @@ class ArchiveFiles:
         for file, wanted in zip(self.files, (chunks, chunks, chunks, text_bytes), strict=True):
             if file.size() < wanted * file.record_bytes:
                 problems.append(
-                    f"{file.name} is truncated: wanted {wanted * file.record_bytes} bytes, got {file.size()}"
+                    f"{file.name} is truncated: expected {wanted * file.record_bytes} bytes, got {file.size()}"
                 )
         return problems + [problem for segment in self._segments for problem in self.too_large(segment)]
 

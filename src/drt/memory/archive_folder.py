@@ -32,7 +32,7 @@ def lock_archive(folder: Path) -> FileLock:
 
 
 def remove_stale(folder: Path, wanted: set[str | None]) -> None:
-    """Delete decoding states but the wanted ones, and halves of files that were being replaced.
+    """Delete decoding states but the expected ones, and halves of files that were being replaced.
 
     Only regular files with names that an archive gives are looked at: all else in the folder is somebody else's.
 

@@ -193,7 +193,7 @@ class ArchiveWriter(Archive):
             len(text) and chunk_stops[-1] != self._stop + len(text)
         ):
             raise ValueError(
-                f"wanted the text of {len(self._record_crc32)} chunks from byte {self._stop} on, got {len(text)} bytes "
+                f"expected the text of {len(self._record_crc32)} chunks from byte {self._stop}, got {len(text)} bytes "
                 f"and {len(chunk_stops)} stops"
             )
         entries = np.empty(len(chunk_stops), INDEX)
@@ -303,7 +303,7 @@ class ArchiveWriter(Archive):
         self._check_usable()
         first = self._entries + len(self._record_crc32)
         if slot.tolist() != list(range(first, first + len(slot))):
-            raise ValueError(f"wanted chunks from number {first} on, got {slot.tolist()}")
+            raise ValueError(f"expected chunks from number {first} on, got {slot.tolist()}")
         if not self._parts or self._parts[-1].ends:
             raise ValueError("begin a document before its chunks are appended")
         landmarks = round_to(self._files.landmark_dtype, landmarks, "landmarks")

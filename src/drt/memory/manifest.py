@@ -174,12 +174,12 @@ class Segment:
         """
         value = json.loads(line)
         if not isinstance(value, dict) or value.keys() != {"crc32", "parts"}:
-            raise ValueError(f"wanted crc32 and parts, got {short(value)}")
+            raise ValueError(f"expected crc32 and parts, got {short(value)}")
         crc32, parts = value["crc32"], value["parts"]
         if not isinstance(crc32, list) or len(crc32) != len(DATA_FILES) or not all(map(_is_int, crc32)):
-            raise ValueError(f"crc32: wanted {len(DATA_FILES)} numbers, got {short(crc32)}")
+            raise ValueError(f"crc32: expected {len(DATA_FILES)} numbers, got {short(crc32)}")
         if not isinstance(parts, list):
-            raise ValueError(f"parts: wanted a list, got {short(parts)}")
+            raise ValueError(f"parts: expected a list, got {short(parts)}")
         return cls(tuple(crc32), tuple(from_json(DocumentPart, part, "parts") for part in parts))
 
 
@@ -227,7 +227,7 @@ class Manifest:
         except ValueError as error:
             raise ValueError(f"damaged, not JSON: {error}") from error
         if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise ValueError(f'not the manifest of an archive: wanted "format": "{FORMAT}"')
+            raise ValueError(f'not the manifest of an archive: expected "format": "{FORMAT}"')
         version = value.get("format_version")
         if version != FORMAT_VERSION or not _is_int(version):
             raise ValueError(f"format version {short(version)}, but this drt reads version {FORMAT_VERSION}")
@@ -235,7 +235,7 @@ class Manifest:
         if digest != hashlib.sha256(_text(value)).hexdigest() or raw != _text(value | {"sha256": digest}):
             raise ValueError("damaged: its checksum is not that of its content")
         if value.keys() != {"format", "format_version", "description", "head", "finished"}:
-            raise ValueError(f"wanted description, head and finished, got {', '.join(sorted(value))}")
+            raise ValueError(f"expected description, head and finished, got {', '.join(sorted(value))}")
         finished = value["finished"]
         manifest = cls(
             from_json(ArchiveDescription, value["description"], "description"),
@@ -275,8 +275,8 @@ def from_json(kind: type[T], value: object, where: str) -> T:
     """A dataclass of plain fields from a JSON object with just those fields."""
     types = _types_of(kind)
     if not isinstance(value, dict) or value.keys() != types.keys():
-        raise ValueError(f"{where}: wanted {', '.join(types)}, got {short(value)}")
+        raise ValueError(f"{where}: expected {', '.join(types)}, got {short(value)}")
     for name, wanted in types.items():
         if type(value[name]) is not wanted:
-            raise ValueError(f"{where}.{name}: wanted {wanted.__name__}, got {short(value[name])}")
+            raise ValueError(f"{where}.{name}: expected {wanted.__name__}, got {short(value[name])}")
     return kind(**value)

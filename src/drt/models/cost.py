@@ -104,7 +104,7 @@ def training_products(config: Any, length: int) -> list[MatrixProduct]:
         if isinstance(config, BlockRecurrentConfig):
             products += _recurrence(config, length)
     else:
-        raise ValueError(f"wanted the configuration of one of drt's models, got {type(config).__name__}")
+        raise ValueError(f"expected the configuration of one of drt's models, got {type(config).__name__}")
     return [*products, _head(config, length)]
 
 
@@ -148,7 +148,7 @@ def _drt(
 ) -> list[MatrixProduct]:
     """A forward pass over `tokens`; keys and values of the chunk memory are made for tokens only.
 
-    The last layer reads chunks, and runs its MLP, only where a state is wanted.
+    The last layer reads chunks, and runs its MLP, only where a state is required.
     """
     size, window, slots = config.hidden_size, config.sliding_window, config.chunk_size
     lower, upper, encoder = config.num_lower_layers, sum(config.layers_per_group), config.num_encoder_layers

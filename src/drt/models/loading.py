@@ -115,7 +115,7 @@ def load_model_config(path: Path | str) -> PreTrainedConfig:
     settings = read_json(path, follow=True)
     model_type = settings.get("model_type") if isinstance(settings, dict) else None
     if not isinstance(model_type, str) or model_type not in _MODELS:
-        raise DRTError(f"{path}: wanted model_type {', '.join(_MODELS)}, got {model_type!r}")
+        raise DRTError(f"{path}: expected model_type {', '.join(_MODELS)}, got {model_type!r}")
     try:
         return cast(Any, _MODELS[model_type]).config_class.from_pretrained(folder, local_files_only=True)
     # The library trusts that a field holds what it should, and fails over what does not in as many ways.
@@ -133,7 +133,7 @@ def _check_weights(model_class: type[PreTrainedModel], config: PreTrainedConfig,
     layers = config.num_hidden_layers + getattr(config, "num_encoder_layers", 0)
     if layers > len(found):  # said at once: a thousand layers take seconds to make, without any weights
         raise DRTError(
-            f"the weights in {folder} do not fit its config.json: {len(found)} weights, wanted {layers} layers"
+            f"the weights in {folder} do not fit its config.json: {len(found)} weights, expected {layers} layers"
         )
     with torch.device("meta"):
         model = model_class(config)
@@ -146,7 +146,7 @@ def _check_weights(model_class: type[PreTrainedModel], config: PreTrainedConfig,
     ]
     problems += [f"unknown {name}" for name in sorted(found.keys() - wanted.keys())]
     problems += [
-        f"{name} is {found[name]}, wanted {wanted[name]}"
+        f"{name} is {found[name]}, expected {wanted[name]}"
         for name in sorted(wanted.keys() & found.keys())
         if found[name] != wanted[name]
     ]

@@ -99,7 +99,7 @@ def read_and_generate(
             f"segment_size and max_new_tokens must be >= 1, got {segment_size} and {max_new_tokens}"
         )
     if not isinstance(model, GenerationMixin):
-        raise ValueError(f"wanted a model that can generate, got {type(model).__name__}")
+        raise ValueError(f"expected a model that can generate, got {type(model).__name__}")
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() before reading")
     input_ids = input_ids.to(input_device(model))

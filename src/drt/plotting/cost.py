@@ -35,7 +35,7 @@ def plot_cost(models: Mapping[str, Sequence[NeedleRecord]]) -> Figure:
         ValueError: no records.
     """
     if not models or not all(models.values()):
-        raise ValueError("wanted needle records of at least one model to draw, got none")
+        raise ValueError("expected needle records of at least one model to draw, got none")
     rows = {name: _by_length(records) for name, records in models.items()}
     width = 10.5
     figure = Figure(figsize=(width, 3.7 + 0.22 * (len(rows) // 4)), layout="constrained")

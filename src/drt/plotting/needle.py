@@ -38,7 +38,7 @@ def plot_needles(records: Sequence[NeedleRecord]) -> Figure:
         ValueError: no records.
     """
     if not records:
-        raise ValueError("wanted at least one needle record to draw, got none")
+        raise ValueError("expected at least one needle record to draw, got none")
     tasks = list(dict.fromkeys(record.task for record in records))
     checkpoints = list(dict.fromkeys(record.checkpoint for record in records))
     lengths = sorted({record.length for record in records})

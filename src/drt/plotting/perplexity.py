@@ -34,10 +34,10 @@ def plot_loss_by_position(
         ValueError: no records, or a reference that is none of the models.
     """
     if not models or not all(models.values()):
-        raise ValueError("wanted perplexity records of at least one model to draw, got none")
+        raise ValueError("expected perplexity records of at least one model to draw, got none")
     reference = next(iter(models)) if reference is None else reference
     if reference not in models:
-        raise ValueError(f"wanted a reference of {', '.join(models)}, got {reference!r}")
+        raise ValueError(f"expected a reference of {', '.join(models)}, got {reference!r}")
     curves = {name: score_by_position(records) for name, records in models.items()}
     panels = 1 if len(curves) == 1 else 2
     width = WIDTH * (panels + 0.3) / 2.3

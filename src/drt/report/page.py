@@ -93,7 +93,7 @@ def build_page(
         DRTError: no records, models that were evaluated on different documents, a reference that is no model.
     """
     if not records:
-        raise DRTError("wanted at least one record to report, got none")
+        raise DRTError("expected at least one record to report, got none")
     blocks: list[Block] = []
     documents = _of_kind(records, PerplexityRecord)
     taken: set[str] = set()
@@ -213,7 +213,7 @@ def _language_modelling(
 ) -> list[Block]:
     models = group_seeds(records)
     if reference is not None and reference not in models:
-        raise DRTError(f"reference: wanted one of {', '.join(models)}, got {reference!r}")
+        raise DRTError(f"reference: expected one of {', '.join(models)}, got {reference!r}")
     reference = best_model(models) if reference is None else reference
     blocks: list[Block] = [perplexity_table(data, models, positions)]
     if len(models) > 1:

@@ -26,8 +26,8 @@ def assert_as_accurate(
     Raises:
         AssertionError: a shape or dtype differs, a value is not finite, or the error is too large.
     """
-    assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, wanted {tuple(exact.shape)}"
-    assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, wanted {eager.dtype}"
+    assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, expected {eager.dtype}"
     if exact.numel() == 0:
         return
     rounding = torch.finfo(actual.dtype).eps

@@ -52,13 +52,13 @@ class DataConfig:
     mix: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require(bool(self.haystack), "haystack: wanted at least one file, got none")
-        _require(bool(self.validation_haystack), "validation_haystack: wanted at least one file, got none")
+        _require(bool(self.haystack), "haystack: expected at least one file, got none")
+        _require(bool(self.validation_haystack), "validation_haystack: expected at least one file, got none")
         shares = self.weights
         _require(
             shares is None
             or (len(shares) == len(self.haystack) and min(shares) >= 0 and 0 < sum(shares) < math.inf),
-            f"weights: wanted a number for each of the {len(self.haystack)} entries of haystack, none of them negative "
+            f"weights: expected a number for each of the {len(self.haystack)} entries of haystack, none negative "
             f"and not all 0, got {shares}",
         )
         _check_mix(self.mix)
@@ -89,15 +89,15 @@ class StageConfig:
     mix: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require(self.chunks >= 2, f"chunks: wanted at least 2, got {self.chunks}")
-        _require(0 <= self.chain_share <= 1, f"chain_share: wanted 0..1, got {self.chain_share}")
+        _require(self.chunks >= 2, f"chunks: expected at least 2, got {self.chunks}")
+        _require(0 <= self.chain_share <= 1, f"chain_share: expected 0..1, got {self.chain_share}")
         _require(
             self.retrieval_top_k is None or 1 <= self.retrieval_top_k <= MOST_RETRIEVED,
-            f"retrieval_top_k: wanted 1..{MOST_RETRIEVED}, got {self.retrieval_top_k}",
+            f"retrieval_top_k: expected 1..{MOST_RETRIEVED}, got {self.retrieval_top_k}",
         )
-        _require(0 < self.threshold <= 1, f"threshold: wanted 0 < threshold <= 1, got {self.threshold}")
+        _require(0 < self.threshold <= 1, f"threshold: expected 0 < threshold <= 1, got {self.threshold}")
         _require(
-            self.max_steps is None or self.max_steps >= 1, f"max_steps: wanted >= 1, got {self.max_steps}"
+            self.max_steps is None or self.max_steps >= 1, f"max_steps: expected >= 1, got {self.max_steps}"
         )
         _check_mix(self.mix)
 
@@ -125,14 +125,14 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require(
-            0 <= self.min_lr <= self.lr, f"min_lr: wanted 0 <= min_lr <= lr = {self.lr}, got {self.min_lr}"
+            0 <= self.min_lr <= self.lr, f"min_lr: expected 0 <= min_lr <= lr = {self.lr}, got {self.min_lr}"
         )
-        _require(self.lr > 0, f"lr: wanted a positive number, got {self.lr}")
-        _require(self.warmup_steps >= 0, f"warmup_steps: wanted at least 0, got {self.warmup_steps}")
-        _require(0 <= self.beta1 < 1, f"beta1: wanted 0 <= beta1 < 1, got {self.beta1}")
-        _require(0 <= self.beta2 < 1, f"beta2: wanted 0 <= beta2 < 1, got {self.beta2}")
-        _require(self.weight_decay >= 0, f"weight_decay: wanted at least 0, got {self.weight_decay}")
-        _require(self.clip > 0, f"clip: wanted a positive number, got {self.clip}")
+        _require(self.lr > 0, f"lr: expected a positive number, got {self.lr}")
+        _require(self.warmup_steps >= 0, f"warmup_steps: expected at least 0, got {self.warmup_steps}")
+        _require(0 <= self.beta1 < 1, f"beta1: expected 0 <= beta1 < 1, got {self.beta1}")
+        _require(0 <= self.beta2 < 1, f"beta2: expected 0 <= beta2 < 1, got {self.beta2}")
+        _require(self.weight_decay >= 0, f"weight_decay: expected at least 0, got {self.weight_decay}")
+        _require(self.clip > 0, f"clip: expected a positive number, got {self.clip}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +152,15 @@ class ValidationConfig:
     segment_size: int = 4096
 
     def __post_init__(self) -> None:
-        _require(bool(self.lengths) and min(self.lengths) >= 64, f"lengths: wanted >= 64, got {self.lengths}")
+        _require(
+            bool(self.lengths) and min(self.lengths) >= 64, f"lengths: expected >= 64, got {self.lengths}"
+        )
         known = {"single", "multikey", "multihop"}
         _require(
-            bool(self.tasks) and known.issuperset(self.tasks), f"tasks: wanted of {known}, got {self.tasks}"
+            bool(self.tasks) and known.issuperset(self.tasks), f"tasks: expected of {known}, got {self.tasks}"
         )
-        _require(self.samples >= 1, f"samples: wanted at least 1, got {self.samples}")
-        _require(self.segment_size >= 1, f"segment_size: wanted at least 1, got {self.segment_size}")
+        _require(self.samples >= 1, f"samples: expected at least 1, got {self.samples}")
+        _require(self.segment_size >= 1, f"segment_size: expected at least 1, got {self.segment_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,16 +208,16 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_step", "max_steps", "log_every", "save_every"):
-            _require(getattr(self, name) >= 1, f"{name}: wanted at least 1, got {getattr(self, name)}")
+            _require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
         for name, most in (("seed", 2**32 - 1), ("eval_every", 2**63), ("threads", MOST_THREADS)):
             _require(
-                0 <= getattr(self, name) <= most, f"{name}: wanted 0 to {most}, got {getattr(self, name)}"
+                0 <= getattr(self, name) <= most, f"{name}: expected 0 to {most}, got {getattr(self, name)}"
             )
         _require(
-            self.device in ("auto", "cpu", "cuda"), f"device: wanted auto, cpu or cuda, got {self.device!r}"
+            self.device in ("auto", "cpu", "cuda"), f"device: expected auto, cpu or cuda, got {self.device!r}"
         )
         known = ("float32", "bfloat16")
-        _require(self.dtype in known, f"dtype: wanted float32 or bfloat16, got {self.dtype!r}")
+        _require(self.dtype in known, f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,20 +248,20 @@ class TrainConfig(RunConfig):
         size = of_model if self.chunk_size is None else self.chunk_size
         _require(
             type(size) is int and size >= 1,
-            f"chunk_size, model.chunk_size: wanted a whole number >= 1, got {size}",
+            f"chunk_size, model.chunk_size: expected a whole number >= 1, got {size}",
         )
-        _require(of_model in (None, size), f"chunk_size: wanted model.chunk_size = {of_model}, got {size}")
-        _require(bool(self.curriculum), "curriculum: wanted at least one stage, got none")
-        _require(self.text_weight >= 0, f"text_weight: wanted at least 0, got {self.text_weight}")
+        _require(of_model in (None, size), f"chunk_size: expected model.chunk_size = {of_model}, got {size}")
+        _require(bool(self.curriculum), "curriculum: expected at least one stage, got none")
+        _require(self.text_weight >= 0, f"text_weight: expected at least 0, got {self.text_weight}")
         for number, stage in enumerate(self.curriculum):
             length = self.row_length(stage)
             _require(
                 length >= 64,
-                f"curriculum.{number}.chunks: wanted a row of at least 64 tokens, got {stage.chunks} chunks of {size}",
+                f"curriculum.{number}.chunks: expected a row of 64 tokens or more, got {stage.chunks} chunks of {size}",
             )
             _require(
                 self.tokens_per_step >= length,
-                f"tokens_per_step: wanted at least {length}, one row of curriculum.{number} "
+                f"tokens_per_step: expected at least {length}, one row of curriculum.{number} "
                 f"({stage.chunks} chunks of {size} tokens), got {self.tokens_per_step}",
             )
 
@@ -294,10 +296,12 @@ class CorpusConfig:
     verify: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.sequence_length >= 2, f"sequence_length: wanted at least 2, got {self.sequence_length}")
+        _require(
+            self.sequence_length >= 2, f"sequence_length: expected at least 2, got {self.sequence_length}"
+        )
         _require(
             self.validation_sequences >= 1,
-            f"validation_sequences: wanted at least 1, got {self.validation_sequences}",
+            f"validation_sequences: expected at least 1, got {self.validation_sequences}",
         )
 
 
@@ -321,12 +325,12 @@ class RowsConfig(RunConfig):
         length = self.sequence_length
         _require(
             self.tokens_per_step % length == 0,
-            f"tokens_per_step: wanted a multiple of data.sequence_length = {length}, got {self.tokens_per_step}",
+            f"tokens_per_step: expected a multiple of data.sequence_length = {length}, got {self.tokens_per_step}",
         )
-        _require(self.sharding in ("none", "fsdp"), f"sharding: wanted none or fsdp, got {self.sharding!r}")
+        _require(self.sharding in ("none", "fsdp"), f"sharding: expected none or fsdp, got {self.sharding!r}")
         _require(
             self.rows_per_pass is None or self.rows_per_pass >= 1,
-            f"rows_per_pass: wanted at least 1, got {self.rows_per_pass}",
+            f"rows_per_pass: expected at least 1, got {self.rows_per_pass}",
         )
 
     @property
@@ -348,13 +352,13 @@ class RowsConfig(RunConfig):
         share, rest = divmod(self.rows_per_step, world_size)
         if rest:
             raise DRTError(
-                f"tokens_per_step: wanted as many rows for each of {world_size} processes, got "
+                f"tokens_per_step: expected as many rows for each of {world_size} processes, got "
                 f"{self.rows_per_step} rows of {self.sequence_length} tokens"
             )
         passes, rest = divmod(share, self.rows_per_pass or share)
         if rest:
             raise DRTError(
-                f"rows_per_pass: wanted a divisor of the {share} rows a process has in a step, got {self.rows_per_pass}"
+                f"rows_per_pass: expected a divisor of the {share} rows of a process per step, got {self.rows_per_pass}"
             )
         return passes
 
@@ -402,7 +406,7 @@ class SummariesConfig:
     def __post_init__(self) -> None:
         for name, least in (("sequence_length", 16), ("validation_pairs", 1)):
             _require(
-                getattr(self, name) >= least, f"{name}: wanted at least {least}, got {getattr(self, name)}"
+                getattr(self, name) >= least, f"{name}: expected at least {least}, got {getattr(self, name)}"
             )
 
 
@@ -413,7 +417,7 @@ class SummarizationConfig(RowsConfig):
     Args:
         task: `summarization`.
         data: documents and summaries.
-        Others as in `RowsConfig`; init_from is wanted, the tokenizer is the checkpoint's.
+        Others as in `RowsConfig`; init_from is required, the tokenizer is the checkpoint's.
     """
 
     task: str
@@ -421,7 +425,7 @@ class SummarizationConfig(RowsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.init_from is not None, "init_from: wanted the checkpoint to fine-tune, got nothing")
+        _require(self.init_from is not None, "init_from: expected the checkpoint to fine-tune, got nothing")
 
     @property
     def sequence_length(self) -> int:
@@ -502,7 +506,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     source = f"{path} with --set" if overrides else str(path)
     task = values.get("task", "needles")
     if task not in TASKS:
-        raise DRTError(f"{source}: task: wanted {', '.join(TASKS)}, got {describe(task)}")
+        raise DRTError(f"{source}: task: expected {', '.join(TASKS)}, got {describe(task)}")
     config = parse(TASKS[task], values, "", source)
     if isinstance(config, TrainConfig):
         for number, stage in enumerate(config.curriculum):

@@ -63,7 +63,7 @@ class RunFolder(TrainerCallback):
         except OSError as error:
             self._leave(failed=True)
             raise DRTError(
-                f"output_dir {self.path}: wanted a folder that can be written: {reason(error)}"
+                f"output_dir {self.path}: expected a folder that can be written: {reason(error)}"
             ) from error
         except BaseException:
             self._leave(failed=True)

@@ -54,7 +54,7 @@ class LanguageModelTrainer(RunTrainer):
         needed = corpus.manifest.tokenizer["vocab_size"]
         if model.config.vocab_size < needed:
             raise DRTError(
-                f"model.vocab_size: wanted the corpus' {needed} or more, got {model.config.vocab_size}"
+                f"model.vocab_size: expected the corpus' {needed} or more, got {model.config.vocab_size}"
             )
         self.sampler = WindowSampler(
             corpus, data.sequence_length, config.seed, inside_documents=data.inside_documents
@@ -129,12 +129,12 @@ def validation_rows(config: LanguageModelConfig, corpus: Corpus, rank: int, worl
     available = corpus.num_tokens // length
     if available == 0:
         raise DRTError(
-            f"{config.data.corpus}, validation: shorter than one sequence: wanted {length} tokens, "
+            f"{config.data.corpus}, validation: shorter than one sequence: expected {length} tokens, "
             f"it has {corpus.num_tokens}"
         )
     if rows % world_size:
         raise DRTError(
-            f"data.validation_sequences: wanted a multiple of the {world_size} processes, got {rows}"
+            f"data.validation_sequences: expected a multiple of the {world_size} processes, got {rows}"
         )
     return [index * available // rows * length for index in range(rows)][rank::world_size]
 

@@ -81,7 +81,7 @@ def make_model_config(config: RunConfig) -> PreTrainedConfig:
     try:
         config_class = type(AutoConfig.for_model(model_type))
     except ValueError as error:
-        raise DRTError(f"model.model_type: wanted drt or a baseline's, got {model_type!r}") from error
+        raise DRTError(f"model.model_type: expected drt or a baseline's, got {model_type!r}") from error
     return _make(config_class, _prompt_fields(config, config_class) | fields)
 
 
@@ -96,7 +96,7 @@ def _corpus_tokenizer(config: LanguageModelConfig) -> Any:
     wanted, found = manifest.tokenizer["fingerprint"], fingerprint(tokenizer)
     if found != wanted:
         raise DRTError(
-            f"{manifest.folder / TOKENIZER} is not the tokenizer that the corpus was made with: wanted "
+            f"{manifest.folder / TOKENIZER} is not the tokenizer that the corpus was made with: expected "
             f"fingerprint {wanted[:12]}, got {found[:12]}"
         )
     return tokenizer
@@ -165,7 +165,9 @@ def _check_names(kind: type[PreTrainedConfig], fields: dict[str, Any]) -> None:
     known = _field_names(kind)
     for key in fields:
         if key not in known:
-            raise DRTError(f"unknown key model.{key}; wanted a field of {kind.__name__}: {', '.join(known)}")
+            raise DRTError(
+                f"unknown key model.{key}; expected a field of {kind.__name__}: {', '.join(known)}"
+            )
 
 
 def _field_names(config_class: type[PreTrainedConfig]) -> list[str]:

@@ -81,7 +81,7 @@ def _run(config: RunConfig, command: list[str], console: Console, callbacks: lis
         console.print(f"{final} exists: this run is finished. To train anew, choose another output_dir.")
         return final
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise DRTError("device: wanted a GPU (cuda), but PyTorch sees none; device: auto uses the CPU then")
+        raise DRTError("device: expected a GPU (cuda), but PyTorch sees none; device: auto uses the CPU then")
     resume = find_resume_point(output_dir, console)
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -1,7 +1,7 @@
 """YAML files read strictly into dataclasses.
 
 An unknown key, a missing key or a value of the wrong type is a `DRTError` that names the file, the key's
-dotted path, what was got and what is wanted. `--set key=value` goes through the same checks.
+dotted path, what was expected and what was given. `--set key=value` goes through the same checks.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def read_mapping(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, A
         raise DRTError(f"{path}: cannot be read: {error}") from error
     values = _load_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise DRTError(f"{path}: wanted a mapping of keys to values, got {describe(values)}")
+        raise DRTError(f"{path}: expected a mapping of keys to values, got {describe(values)}")
     for override in overrides:
         _override(values, override)
     return values
@@ -88,7 +88,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     """Set one dotted key in place."""
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise DRTError(f"--set {override}: wanted key=value with a dotted key, as in optimizer.lr=1e-3")
+        raise DRTError(f"--set {override}: expected key=value with a dotted key, as in optimizer.lr=1e-3")
     *parents, last = key.split(".")
     node: Any = values
     for parent in parents:
@@ -105,7 +105,7 @@ def _list_item(node: Any, index: str, override: str) -> Any:
     if not isinstance(node, list):
         raise DRTError(f"--set {override}: there are no keys below {describe(node)}")
     if not index.isdigit() or int(index) >= len(node):
-        raise DRTError(f"--set {override}: wanted an index 0..{len(node) - 1} of the list, got {index!r}")
+        raise DRTError(f"--set {override}: expected an index 0..{len(node) - 1} of the list, got {index!r}")
     return node[int(index)]
 
 
@@ -128,11 +128,11 @@ def parse(cls: type[T], values: Any, path: str, source: str, elsewhere: Mapping[
 
     if not isinstance(values, dict):
         where = path or "the top level"
-        raise DRTError(f"{source}: {where}: wanted a mapping of keys to values, got {describe(values)}")
+        raise DRTError(f"{source}: {where}: expected a mapping of keys to values, got {describe(values)}")
     fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            raise DRTError(f"{source}: unknown key {dotted(str(key))}; wanted one of {', '.join(fields)}")
+            raise DRTError(f"{source}: unknown key {dotted(str(key))}; expected one of {', '.join(fields)}")
     for name, item in fields.items():
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -148,7 +148,7 @@ def parse(cls: type[T], values: Any, path: str, source: str, elsewhere: Mapping[
 
 
 def _convert(hint: Any, value: Any, path: str, source: str) -> Any:
-    """Check one value against its type hint; an int may stand where a float is wanted."""
+    """Check one value against its type hint; an int may stand where a float is required."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):  # only `X | None` occurs
         if value is None:
@@ -166,7 +166,7 @@ def _convert(hint: Any, value: Any, path: str, source: str) -> Any:
         return float(value)
     if origin is None and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise DRTError(f"{source}: {path}: wanted {_NAMES.get(origin or hint, hint)}, got {describe(value)}")
+    raise DRTError(f"{source}: {path}: expected {_NAMES.get(origin or hint, hint)}, got {describe(value)}")
 
 
 _NAMES = {

@@ -69,7 +69,7 @@ class SummarizationTrainer(RunTrainer):
             held_out = self.make_batch.read(config.data.validation)[: config.data.validation_pairs]
             if len(held_out) % args.world_size:
                 raise DRTError(
-                    f"data.validation_pairs: wanted a multiple of the {args.world_size} processes, got {len(held_out)}"
+                    f"data.validation_pairs: expected a multiple of {args.world_size} processes, got {len(held_out)}"
                 )
             mine = held_out[args.process_index :: args.world_size]
             validate = HeldOutLoss(
@@ -164,7 +164,7 @@ class SummaryBatchMaker:
             length = len(self.codec.encode(pair.summary))
             if length > room:
                 raise DRTError(
-                    f"{path}, line {line}: wanted a summary of at most {room} tokens, for a row of "
+                    f"{path}, line {line}: expected a summary of at most {room} tokens, for a row of "
                     f"data.sequence_length = {self.data.sequence_length}; it has {length}"
                 )
         return pairs

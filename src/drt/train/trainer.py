@@ -300,12 +300,12 @@ class NeedleTrainer(RunTrainer):
     ) -> None:
         chunk_size = getattr(model.config, "chunk_size", None)
         if chunk_size not in (None, config.tokens_per_chunk):
-            raise DRTError(f"chunk_size: wanted the model's {chunk_size}, got {config.tokens_per_chunk}")
+            raise DRTError(f"chunk_size: expected the model's {chunk_size}, got {config.tokens_per_chunk}")
         self.make_batch = make_batch
         curriculum = Curriculum(config_to_dict(config)["curriculum"])
         args = training_arguments(config, validate is not None)
         if args.world_size > 1:
-            raise DRTError(f"task needles: wanted one process, got {args.world_size}")
+            raise DRTError(f"task needles: expected one process, got {args.world_size}")
         super().__init__(config, model, tokenizer, TOTALS, validate, [curriculum, *callbacks], args)
 
     def batches(self) -> Iterator[Batch]:

@@ -130,7 +130,9 @@ def test_what_would_not_be_heeded_is_refused(model, ids):
     for called in (model, model.model):
         with pytest.raises(ValueError, match="head_mask is not supported"):
             called(ids, head_mask=torch.ones(2, 4))
-        with pytest.raises(ValueError, match="seq_idx says where packed documents lie; wanted position_ids"):
+        with pytest.raises(
+            ValueError, match="seq_idx says where packed documents lie; expected position_ids"
+        ):
             called(ids, seq_idx=torch.zeros(2, 45))
         called(ids, position_ids=torch.arange(45) % 20, seq_idx=torch.zeros(2, 45))
 

@@ -449,7 +449,7 @@ def test_a_save_that_failed_or_was_killed_can_be_repeated(
 
 def test_what_cannot_be_saved(model: DRTForCausalLM, tmp_path: Path) -> None:
     cache = read(model, TEXT)
-    with pytest.raises(ValueError, match="a path is wanted"):
+    with pytest.raises(ValueError, match="a path is required"):
         cache.save()
     with pytest.raises(ValueError, match="wants a description"):
         cache.save(tmp_path / "a")

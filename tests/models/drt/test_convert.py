@@ -136,9 +136,9 @@ def test_names_that_do_not_fit(parameters, tmp_path):
 
 
 def test_shapes_that_do_not_fit(parameters, tmp_path):
-    with pytest.raises(DRTError, match=r"theirs\.json: model\.norm\.weight is \(65,\), wanted \(64,\)$"):
+    with pytest.raises(DRTError, match=r"theirs\.json: model\.norm\.weight is \(65,\), expected \(64,\)$"):
         convert(parameters | {"model.norm.weight": torch.ones(65)}, tmp_path)
-    with pytest.raises(DRTError, match=r"gate_proj\.weight is \(96, 64\), wanted \(128, 64\)"):
+    with pytest.raises(DRTError, match=r"gate_proj\.weight is \(96, 64\), expected \(128, 64\)"):
         convert(parameters, tmp_path, intermediate_size=128)
     with pytest.raises(DRTError, match=r"missing model\.lower_layers\.2"):
         convert(parameters, tmp_path, decoder_layers=[3, 2])
@@ -148,5 +148,5 @@ def test_shapes_that_do_not_fit(parameters, tmp_path):
 @pytest.mark.parametrize("shape", [(), (5,), (50, 64), (101, 64, 1)], ids=str)
 def test_an_embedding_of_another_shape(parameters, tmp_path, shape):
     """It is looked into before shapes are compared: that must not fail in another way."""
-    with pytest.raises(DRTError, match=r"embed_tokens\.weight is \(.*\), wanted \(101, 64\)"):
+    with pytest.raises(DRTError, match=r"embed_tokens\.weight is \(.*\), expected \(101, 64\)"):
         convert(parameters | {"model.embed_tokens.weight": torch.ones(shape)}, tmp_path)

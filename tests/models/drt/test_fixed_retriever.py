@@ -155,7 +155,7 @@ def test_saved_and_loaded_again(make_fixed, ids, tmp_path):
 def test_what_is_refused(make_model, make_fixed, ids):
     model = make_fixed("random")
     embeds = model.get_input_embeddings()(ids)
-    with pytest.raises(ValueError, match="token ids: input_ids is wanted, got inputs_embeds"):
+    with pytest.raises(ValueError, match="token ids: input_ids is required, got inputs_embeds"):
         model(inputs_embeds=embeds)
     with pytest.raises(ValueError, match="needs a text embedder"):
         make_model(retriever="embedding", num_groups=1, learned_temperature=False)(ids)

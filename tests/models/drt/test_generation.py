@@ -326,7 +326,7 @@ def test_what_a_chunk_memory_cannot_do_is_refused(make_model, ids):
         model.generate(ids[:1], assistant_model=make_model(), **GREEDY)
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         model.generate(ids[:1], prompt_lookup_num_tokens=2, **GREEDY)
-    with pytest.raises(ValueError, match="'bm25' reads token ids: input_ids is wanted, got inputs_embeds"):
+    with pytest.raises(ValueError, match="'bm25' reads token ids: input_ids is required, got inputs_embeds"):
         make_model(retriever="bm25", num_groups=1, learned_temperature=False).generate(
             inputs_embeds=model.get_input_embeddings()(ids), **GREEDY
         )

@@ -1,4 +1,4 @@
-"""What a user gets wrong is refused with what was got and what is wanted."""
+"""What a user gets wrong is refused with what was expected and what was given."""
 
 from __future__ import annotations
 

@@ -273,7 +273,7 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_gpu_scores_landmarks_of_any_device_and_precision(dtype: torch.dtype, device: str) -> None:
-    """Only shapes, dtypes and devices are computed, so that no GPU is wanted."""
+    """Only shapes, dtypes and devices are computed, so that no GPU is required."""
     with FakeTensorMode():
         query = torch.empty(2, 5, 16, dtype=dtype, device="cuda")
         scores = api._scores(query, torch.empty(2, 7, 16, dtype=dtype, device=device), 0.25)

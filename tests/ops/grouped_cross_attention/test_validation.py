@@ -1,4 +1,4 @@
-"""Arguments that do not fit: a ValueError that says what was got and what is wanted."""
+"""Arguments that do not fit: a ValueError that says what was expected and what was given."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ class DecoderConfig(ModelConfig):
 
     Raises:
         ValueError: for sizes that do not fit each other or are beyond any sense, and for what these models do not
-            support; the message names what was got and what is wanted.
+            support; the message names what was expected and what was given.
     """
 
     ranges: ClassVar[dict[str, tuple[float, float]]] = {

@@ -45,10 +45,10 @@ def check_inputs(
         past: columns of input that a cache has seen.
 
     Raises:
-        ValueError: naming what was got and what is wanted.
+        ValueError: naming what was expected and what was given.
     """
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("exactly one of input_ids and inputs_embeds is wanted")
+        raise ValueError("expected exactly one of input_ids and inputs_embeds")
     given = input_ids if input_ids is not None else inputs_embeds
     assert given is not None
     if given.dim() != (2 if input_ids is not None else 3) or 0 in given.shape[:2]:
@@ -86,11 +86,11 @@ def check_arguments(
         )
     for name in ("head_mask", "retrieval_targets"):  # the latter of DRT alone, which takes them before this
         if others.get(name) is not None:
-            raise ValueError(f"{name} is not supported by {config.model_type} models, got one; wanted None")
+            raise ValueError(f"{name} is not supported by {config.model_type} models, got one; expected None")
     packed = [name for name in PACKED if others.get(name) is not None]
     if packed and position_ids is None:
         raise ValueError(
-            f"{', '.join(packed)} says where packed documents lie; wanted position_ids that begin again at 0 with each"
+            f"{', '.join(packed)} says where packed documents lie; expected position_ids that restart at 0 with each"
         )
 
 

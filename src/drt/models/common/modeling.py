@@ -65,7 +65,7 @@ class DecoderPreTrainedModel(PackagedCode, PreTrainedModel):
         """Check the inputs, pack the rows, choose the cache.
 
         Raises:
-            ValueError: naming what was got and what is wanted.
+            ValueError: naming what was expected and what was given.
         """
         source = input_ids if input_ids is not None else inputs_embeds
         held = None
@@ -183,7 +183,7 @@ class DecoderGenerationMixin(OwnCacheGenerationMixin):
             kwargs: what else the library hands to models; what says something that is not heeded is refused.
 
         Raises:
-            ValueError: for input that cannot be laid out; the message names what was got and what is wanted.
+            ValueError: for input that cannot be laid out; the message names what was expected and what was given.
         """
         check_arguments(self.model.config, output_attentions, position_ids, kwargs)
         source = input_ids if input_ids is not None else inputs_embeds

@@ -150,7 +150,7 @@ class _Reading:
             self.on_progress(len(piece.ids))
             empty = False
         if empty:
-            raise DRTError(f"{stream.path} is empty; wanted a text")
+            raise DRTError(f"{stream.path} is empty; expected a text")
 
     def finish(self) -> None:
         """Commit for the last time."""

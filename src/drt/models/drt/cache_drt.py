@@ -104,7 +104,7 @@ class DRTCache(Cache):
         if path is None:
             if not isinstance(self.archive, ArchiveWriter):
                 raise ValueError(
-                    "a path is wanted: this cache was not opened from an archive opened for writing"
+                    "a path is required: this cache was not opened from an archive opened for writing"
                 )
             self.archive.commit(self.state(), finished=True)
             return

@@ -36,7 +36,7 @@ class UpperLayout:
         index: (B, M) flat compact index of each position; ``None``: all of them, M = compact_length.
         row_lengths: (B,) positions of each row (on the CPU).
         output_index: (B, n) flat index of the position whose hidden state predicts what follows each of the last n
-            input tokens, or follows the tokens of n columns; n = L unless fewer are wanted.
+            input tokens, or follows the tokens of n columns; n = L unless fewer are required.
         closed_counts: (B,) landmarks among the positions (on the CPU); N is the largest.
         skipped_chunks: (B,) chunks that close in this pass before the first position (on the CPU).
         landmark_index: (B, N) flat index of each of those landmarks.

@@ -61,7 +61,7 @@ class DRTConfig(ModelConfig):
 
     Raises:
         ValueError: for sizes that do not fit each other or are beyond any sense, and for what the model does not
-            support; the message names what was got and what is wanted.
+            support; the message names what was expected and what was given.
     """
 
     model_type = "drt"

@@ -142,7 +142,7 @@ def convert_state_dict(
     embedding = converted["model.embed_tokens.weight"]
     if embedding.shape != (config.vocab_size, config.hidden_size):
         raise DRTError(
-            f"model.embed_tokens.weight is {tuple(embedding.shape)}, wanted {config.vocab_size, config.hidden_size}"
+            f"model.embed_tokens.weight is {tuple(embedding.shape)}, expected {config.vocab_size, config.hidden_size}"
         )
     converted["model.landmark_embedding"] = embedding[chunk_id].clone()
     if config.tie_word_embeddings:
@@ -169,7 +169,7 @@ def convert_authors_checkpoint(
     """
     settings = read_json(config_json, follow=True)
     if not isinstance(settings, dict):
-        raise DRTError(f"{config_json}: wanted a JSON object, got {type(settings).__name__}")
+        raise DRTError(f"{config_json}: expected a JSON object, got {type(settings).__name__}")
     with naming(config_json):
         config = config_from_authors(settings)
     parameters = _load_parameters(Path(path))
@@ -180,7 +180,7 @@ def convert_authors_checkpoint(
     problems = [f"missing {name}" for name in expected if name not in converted]
     problems += [f"unknown {name}" for name in converted if name not in expected]
     problems += [
-        f"{name} is {tuple(converted[name].shape)}, wanted {tuple(tensor.shape)}"
+        f"{name} is {tuple(converted[name].shape)}, expected {tuple(tensor.shape)}"
         for name, tensor in expected.items()
         if name in converted and converted[name].shape != tensor.shape
     ]
@@ -219,5 +219,5 @@ def _load_parameters(path: Path) -> dict[str, Tensor]:
     if not isinstance(parameters, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in parameters.items()
     ):
-        raise DRTError(f"{path}: wanted a dictionary of names and tensors, got something else")
+        raise DRTError(f"{path}: expected a dictionary of names and tensors, got something else")
     return parameters

@@ -37,8 +37,8 @@ logger = logging.get_logger(__name__)
 
 
 class _Run(NamedTuple):
-    """What a pass of the stack gives: its output where it is wanted, before the norm; what each group retrieved; and,
-    where it is wanted, the guidance of each group."""
+    """What a pass of the stack gives: its output where it is required, before the norm; what each group retrieved; and,
+    where it is required, the guidance of each group."""
 
     hidden_states: Tensor
     retrieved: list[RetrievedMemory]
@@ -151,7 +151,7 @@ class DRTModel(DRTPreTrainedModel):
             kwargs: what else the library hands to models; what says something that is not heeded is refused.
 
         Raises:
-            ValueError: for input that cannot be laid out; the message names what was got and what is wanted.
+            ValueError: for input that cannot be laid out; the message names what was expected and what was given.
         """
         check_arguments(self.config, output_attentions, position_ids, kwargs)
         wants_layers = (
@@ -296,9 +296,9 @@ class DRTModel(DRTPreTrainedModel):
         states: Sequence[WindowState | None],
         inputs: LayerInputs,
     ) -> tuple[Tensor, list[RetrievedMemory]]:
-        """Groups of upper layers; returns their output where it is wanted and what each group retrieved.
+        """Groups of upper layers; returns their output where it is required and what each group retrieved.
 
-        The last layer attends to chunks, and runs its MLP, at the wanted positions alone.
+        The last layer attends to chunks, and runs its MLP, at the expected positions alone.
         """
         upper = layout.upper
         if upper.index is not None:
@@ -358,7 +358,7 @@ class DRTModel(DRTPreTrainedModel):
         """(B, N, S) token ids of the chunks that close in this pass; keeps those of the open one in the cache."""
         if given.dim() != 2:
             raise ValueError(
-                f"retriever {self.config.retriever!r} reads token ids: input_ids is wanted, got inputs_embeds"
+                f"retriever {self.config.retriever!r} reads token ids: input_ids is required, got inputs_embeds"
             )
         ids = given.flatten()[layout.token_index]
         if layout.carried:

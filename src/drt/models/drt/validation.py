@@ -28,7 +28,7 @@ def check_inputs(
     """Check the inputs and say what the new columns are.
 
     Raises:
-        ValueError: naming what was got and what is wanted.
+        ValueError: naming what was expected and what was given.
     """
     given = input_ids if input_ids is not None else inputs_embeds
     past = ReadColumns()

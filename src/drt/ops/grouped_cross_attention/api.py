@@ -56,7 +56,7 @@ def grouped_cross_attention(
         (B, L, h, D) in query's dtype. "cpu" computes 16-bit inputs in float32; "triton" accumulates in it.
 
     Raises:
-        ValueError: shapes, dtypes, devices or options do not fit; the message says what was got and is wanted.
+        ValueError: shapes, dtypes, devices or options do not fit; the message says what was got and is required.
         ImportError: impl is "triton", which is not installed.
     """
     validation.check_grouped(
@@ -108,7 +108,7 @@ def attend_gathered_chunks(
         (B, L, h, D) in query's dtype.
 
     Raises:
-        ValueError: shapes, dtypes, devices or options do not fit; the message says what was got and is wanted.
+        ValueError: shapes, dtypes, devices or options do not fit; the message says what was got and is required.
     """
     validation.check_gathered(
         query, gathered_keys, gathered_values, chunk_weights, gathered_lengths, block_size
