@@ -90,7 +90,7 @@ def test_ctrl_c_in_preparing_says_how_to_go_on(
     monkeypatch.setattr("drt.data.prepare.prepare_corpus", interrupted)
     result = drt("data", "prepare", "-o", tmp_path / "corpus", rows)
     assert result.exit_code == 130
-    assert "the same command goes on from there" in result.stderr
+    assert "running the same command again resumes from there" in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [["haystacks"], ["haystack", "--outputs"]])

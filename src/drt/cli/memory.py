@@ -106,7 +106,7 @@ def append(
 ) -> None:
     """Read more documents into an archive, after those that it holds.
 
-    Whoever asks the archive meanwhile sees it as it was before. After Ctrl-C the same command goes on from there, after
+    Whoever asks the archive meanwhile sees it as it was before. After Ctrl-C the same command resumes from there, after
     a kill from the last commit; drt memory rollback drops what it has read instead.
 
     Example:
@@ -131,7 +131,7 @@ def append(
 
 @memory.command()
 def rollback(folder: FolderArgument) -> None:
-    """Drop what an unfinished append or build has read, for one that cannot be gone on with.
+    """Drop what an unfinished append or build has read, for one that cannot be resumed.
 
     The archive is then as it was when it was last finished, which is what drt ask has seen all along. Where no build
     has ever finished nothing is left, and another can be made in its place.
@@ -323,7 +323,7 @@ def read_files(loaded: LoadedModel, archive: ArchiveWriter, sizes: Mapping[Path,
             if archive.num_segments == 0:
                 raise Interrupted("stopped before anything was read") from interrupt
             raise Interrupted(
-                f"stopped; {archive.path} keeps {describe_size(archive)}. The same command goes on from there."
+                f"stopped; {archive.path} keeps {describe_size(archive)}. Run the same command again to resume."
             ) from interrupt
     say(f"{archive.path}: {describe_size(archive)}")
 
@@ -378,7 +378,7 @@ def show_facts(facts: dict[str, Any]) -> None:
         lines["index"] = facts["index_problem"]
     if facts["unfinished"]:
         lines["unfinished"] = (
-            "an append was interrupted; the same append goes on from there, or drop what it has read: "
+            "an append was interrupted; run the same append again to resume, or drop what it has read: "
             f"drt memory rollback {facts['path']}"
         )
     for name, line in lines.items():

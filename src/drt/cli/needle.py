@@ -67,9 +67,9 @@ def needle(
     chains: Annotated[
         int, typer.Option(min=1, help="multihop: chains in a text, of which one is asked.")
     ] = 2,
-    json: Annotated[
-        Path, typer.Option(metavar="FILE", help="Where the records go, JSON lines; what it held is replaced.")
-    ] = Path("needle.jsonl"),
+    json: Annotated[Path, typer.Option(metavar="FILE", help="Output JSON Lines file (overwritten).")] = Path(
+        "needle.jsonl"
+    ),
     plot: Annotated[
         Path, typer.Option(metavar="FILE", help="Where the length x depth picture goes: .png, .pdf or .svg.")
     ] = Path("needle.png"),
@@ -108,7 +108,7 @@ def needle(
     An answer counts when every token of it is right. K is 1024 tokens, M is 1024 x 1024.
 
     The records (a line a text) and the picture are written as well as the table. Ctrl-C keeps the records of what was
-    read; `--resume` goes on from there. The exit code is 0 whatever the accuracy.
+    read; `--resume` continues from there. The exit code is 0 whatever the accuracy.
 
     Examples:
 
@@ -238,7 +238,7 @@ def write_all(answers: Iterator[NeedleRecord], path: Path, append: bool, watch: 
         except KeyboardInterrupt as interrupt:
             raise Interrupted(
                 f"stopped after {watch.answered} of {len(watch.waiting)} texts; their records are in {path}. "
-                f"The same command with --resume goes on from there."
+                f"Run the same command with --resume to continue."
             ) from interrupt
     return records
 

@@ -59,9 +59,9 @@ def perplexity(
         list[Path], typer.Option(metavar="DIR", help="Folder of a model; may be repeated.")
     ],
     data: Data,
-    json: Annotated[
-        Path, typer.Option(metavar="FILE", help="Where the records go, JSON lines; what it held is replaced.")
-    ] = Path("perplexity.jsonl"),
+    json: Annotated[Path, typer.Option(metavar="FILE", help="Output JSON Lines file (overwritten).")] = Path(
+        "perplexity.jsonl"
+    ),
     split: Split = "test",
     lengths: Lengths = "2K,16K,64K,256K",
     shortest: Shortest = "2",
@@ -127,7 +127,7 @@ def runs(
     """Evaluate every finished training run of a folder on the same documents, and write the report.
 
     Each run's records go to DIR/NAME.jsonl when all of its documents are read. A run that has such a file is not read
-    again: after a stop the same command goes on, and new runs join the report. DIR/settings.json says which documents
+    again: after a stop the same command resumes, and new runs join the report. DIR/settings.json says which documents
     were read and how; other ones need another DIR. Runs whose names differ only in an ending such as -s0 or -seed1 are
     seeds of one model.
 

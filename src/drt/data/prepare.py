@@ -167,7 +167,7 @@ def _finished_corpus(output: Path, config: PrepareConfig, request: list[dict[str
 
 
 def _describe_request(config: PrepareConfig, fingerprint: str) -> list[dict[str, Any]]:
-    """All that the corpus depends on, in the manifest's form: what may be gone on with, and what is finished."""
+    """All that the corpus depends on, in the manifest's form: what may be resumed, and what is finished."""
     settings = {
         name: value for name, value in vars(config).items() if name not in ("sources", "tokenizer")
     } | {"fingerprint": fingerprint}

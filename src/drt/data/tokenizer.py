@@ -11,7 +11,7 @@ from typing import Any
 from drt.errors import DRTError
 from drt.files import check_inputs, fill_folder, read_json
 
-PADDING_SIDE = "left"  # a batch of prompts is gone on with at its right end
+PADDING_SIDE = "left"  # a batch of prompts is continued at its right end
 BYTES = "bytes"
 # Ids as the model's configuration has them by default (and as bytes have them): padding 0, end of a document 1.
 PAD, DOCUMENT_END = "<pad>", "<eos>"

@@ -132,7 +132,7 @@ class Archive:
             if manifest.finished is None:
                 raise DRTError(
                     f"{folder} is not finished: its build stopped after {manifest.head.tokens:,} tokens; run it again "
-                    f"and it goes on from there, or drop them: drt memory rollback {folder}"
+                    f"to resume, or drop them: drt memory rollback {folder}"
                 )
             files = ArchiveFiles(folder, manifest.description, writable=False, verify=verify)
             archive = cls(folder, manifest, manifest.finished, files)

@@ -69,8 +69,8 @@ def _unfinished(folder: Path) -> list[str]:
         return []
     if not is_written:
         return [
-            f"{folder} is not finished: {manifest.head.tokens:,} tokens are committed; run the same command again and "
-            f"it goes on from there, or drop them: drt memory rollback {folder}"
+            f"{folder} is not finished: {manifest.head.tokens:,} tokens are committed; run the same command again "
+            f"to resume, or drop them: drt memory rollback {folder}"
         ]
     if manifest.finished is None:
         return [f"{folder} is not finished: another process is building it"]

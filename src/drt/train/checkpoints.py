@@ -49,7 +49,7 @@ def mark_complete(folder: Path) -> None:
 
 
 def find_fault(folder: Path) -> str | None:
-    """What keeps a checkpoint from being gone on with, in words; None where every byte is what was written.
+    """What keeps a checkpoint from being resumed, in words; None where every byte is what was written.
 
     Of a checkpoint of an earlier version, which has no list of its files, nothing can be said.
     """
@@ -136,7 +136,7 @@ def explained(folder: Path) -> Iterator[None]:
         free = shutil.disk_usage(folder.parent).free  # not every library says that the disk is full
         shutil.rmtree(folder, ignore_errors=True)
         whole, _ = find_checkpoints(folder.parent)
-        kept = f"{whole[-1]} is whole, and the run goes on from there" if whole else "there is no earlier one"
+        kept = f"{whole[-1]} is whole, and the run resumes from there" if whole else "there is no earlier one"
         raise DRTError(
             f"{folder} could not be written, {_reason(error)} ({free / 1e6:,.1f} MB were free on the disk); {kept}: "
             "make room and run the same command again"

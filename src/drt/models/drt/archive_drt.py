@@ -74,7 +74,7 @@ def read_documents(
 
     Each document begins with fresh attention windows and ends with a closed chunk; chunk numbers go on. Only the lower
     decoder and the chunk encoder run, but for the end of the last document, so the cost of a token does not grow with
-    what the archive holds. An unfinished call is gone on with where it was last committed, with the same result as
+    what the archive holds. An unfinished call resumes where it was last committed, with the same result as
     without the interruption, bit for bit on the same machine. Ctrl-C commits what was read; one pass is brought to its
     end first, a second Ctrl-C interrupts at once.
 

@@ -68,7 +68,7 @@ def check_not_own(writer: ArchiveWriter, paths: Sequence[Path]) -> None:
 
 
 def how_to_drop(archive: Archive) -> str:
-    """What to do with an unfinished build or append that cannot be gone on with."""
+    """What to do with an unfinished build or append that cannot be resumed."""
     return f"To drop what is not finished: drt memory rollback {archive.path}"
 
 
